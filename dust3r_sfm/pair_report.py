@@ -1,0 +1,189 @@
+"""The figures of pairwise prediction, per scene and in total, and how far the confidences can be trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dust3r_sfm.evaluate import markdown_table
+from dust3r_sfm.geometry.metrics import accuracy_at, mean_average_accuracy, roc_auc
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PairErrors:
+    """What was measured on each directed pair; infinite where nothing could be estimated."""
+
+    scenes: tuple[str, ...]
+    rotation_deg: Float[Tensor, " p"]
+    translation_deg: Float[Tensor, " p"]
+    rotation_own_focal_deg: Float[Tensor, " p"]
+    """With camera 1's focal estimated, in place of the reference K."""
+    translation_own_focal_deg: Float[Tensor, " p"]
+    focal: Float[Tensor, " p"]
+    """Relative error of camera 0's focal."""
+    confidence: Float[Tensor, "p 2"]
+    """Median confidence of image 0 and of image 1."""
+    depth: Float[Tensor, "p 3"]
+    """Median relative depth error of image 0: of all pixels, their more confident half, the rest; NaN without a map."""
+    confidence_across: Float[Tensor, "q 2"]
+    """Median confidences of pairs of photos of two different scenes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoseScores:
+    """Relative poses of pairs; accuracies are fractions."""
+
+    rra15: float
+    rta15: float
+    maa30: float
+    median_rotation_deg: float
+    median_translation_deg: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneScores:
+    scene: str
+    num_pairs: int
+    reference_focal: PoseScores
+    """With the reference K."""
+    own_focal: PoseScores
+    """With the focal that the network's own pointmaps give."""
+    focal_error: float
+    """Median of |f - reference| / reference."""
+    depth_error: float | None
+    """Median over pairs of the median relative depth error after scale alignment; None without depth maps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Whether confidence means something; None where there was nothing to measure it on."""
+
+    confident_half_deg: float
+    """Median pose error (the worse of rotation and translation) of the more confident half of the pairs."""
+    other_half_deg: float
+    confident_half_depth: float | None
+    """Median relative depth error of each image's more confident half of pixels, median over pairs."""
+    other_half_depth: float | None
+    separation: float | None
+    """Chance that a true pair is more confident than one of photos of two scenes (area under the ROC curve).
+
+    A pair's confidence is the mean of its two images' median confidences, in logarithms."""
+    separation_weaker_image: float | None
+    """The same with the less confident of the two images standing for the pair."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairReport:
+    scenes: tuple[SceneScores, ...]
+    total: SceneScores
+    calibration: Calibration
+    seconds: Mapping[str, float]
+    """Wall time of the parts."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no infinity: None in its place."""
+        return _json_safe(asdict(self))
+
+    def table(self) -> str:
+        """A markdown table, a line a scene and their total, and two lines on the confidences."""
+        header = ["scene", "pairs", "RRA@15", "RTA@15", "mAA(30)", "rot deg", "trans deg"]
+        header += ["own focal: RRA@15", "RTA@15", "mAA(30)", "focal err %", "depth err %"]
+        rows = [_row(scores) for scores in (*self.scenes, self.total)]
+        c = self.calibration
+        lines = [
+            f"Pose error of the more confident half of the pairs {c.confident_half_deg:.1f} deg, of the rest "
+            f"{c.other_half_deg:.1f} deg; depth error of the more confident half of the pixels "
+            f"{_percent(c.confident_half_depth)} %, of the rest {_percent(c.other_half_depth)} %.",
+            f"Area under the ROC curve between true pairs and pairs of two scenes: {_fraction(c.separation)}, "
+            f"by the less confident image of each {_fraction(c.separation_weaker_image)}.",
+        ]
+        return "\n".join([markdown_table(header, rows), "", *lines])
+
+
+def make_report(errors: PairErrors, seconds: Mapping[str, float]) -> PairReport:
+    """The figures of all pairs, and of each scene in the order of its first pair."""
+    scenes = list(dict.fromkeys(errors.scenes))
+    masks = {scene: torch.tensor([s == scene for s in errors.scenes]) for scene in scenes}
+    everything = torch.ones(len(errors.scenes), dtype=torch.bool)
+    return PairReport(
+        scenes=tuple(_scene_scores(scene, errors, masks[scene]) for scene in scenes),
+        total=_scene_scores("total", errors, everything),
+        calibration=_calibration(errors),
+        seconds=dict(seconds),
+    )
+
+
+def _scene_scores(name: str, errors: PairErrors, mask: Bool[Tensor, " p"]) -> SceneScores:
+    return SceneScores(
+        scene=name,
+        num_pairs=int(mask.sum()),
+        reference_focal=_pose_scores(errors.rotation_deg[mask], errors.translation_deg[mask]),
+        own_focal=_pose_scores(errors.rotation_own_focal_deg[mask], errors.translation_own_focal_deg[mask]),
+        focal_error=errors.focal[mask].median().item(),
+        depth_error=_median_or_none(errors.depth[mask, 0]),
+    )
+
+
+def _pose_scores(rotation: Float[Tensor, " p"], translation: Float[Tensor, " p"]) -> PoseScores:
+    return PoseScores(
+        rra15=accuracy_at(rotation, [15])[0],
+        rta15=accuracy_at(translation, [15])[0],
+        maa30=mean_average_accuracy(rotation, translation, 30),
+        median_rotation_deg=rotation.median().item(),
+        median_translation_deg=translation.median().item(),
+    )
+
+
+def _calibration(errors: PairErrors) -> Calibration:
+    pose = torch.maximum(errors.rotation_deg, errors.translation_deg)
+    pair_confidence = errors.confidence.log().mean(dim=-1)
+    by_confidence = pose[pair_confidence.argsort(descending=True, stable=True)]
+    half = (len(pose) + 1) // 2
+    across = errors.confidence_across
+    weaker, weaker_across = errors.confidence.amin(dim=-1), across.amin(dim=-1)
+    return Calibration(
+        confident_half_deg=by_confidence[:half].median().item(),
+        other_half_deg=by_confidence[half:].median().item(),
+        confident_half_depth=_median_or_none(errors.depth[:, 1]),
+        other_half_depth=_median_or_none(errors.depth[:, 2]),
+        separation=roc_auc(pair_confidence, across.log().mean(dim=-1)) if len(across) else None,
+        separation_weaker_image=roc_auc(weaker, weaker_across) if len(across) else None,
+    )
+
+
+def _median_or_none(values: Float[Tensor, " p"]) -> float | None:
+    known = values[~values.isnan()]
+    return known.median().item() if len(known) else None
+
+
+def _row(scores: SceneScores) -> list[str]:
+    known, own = scores.reference_focal, scores.own_focal
+    angles = [f"{known.median_rotation_deg:.1f}", f"{known.median_translation_deg:.1f}"]
+    return [
+        *(scores.scene, str(scores.num_pairs)),
+        *(f"{100 * known.rra15:.1f}", f"{100 * known.rta15:.1f}", f"{known.maa30:.3f}", *angles),
+        *(f"{100 * own.rra15:.1f}", f"{100 * own.rta15:.1f}", f"{own.maa30:.3f}"),
+        *(_percent(scores.focal_error), _percent(scores.depth_error)),
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _fraction(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _json_safe(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_json_safe(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
