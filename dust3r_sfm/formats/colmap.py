@@ -1,0 +1,214 @@
+"""COLMAP models: scenes written in pixels of the stored files, and models read back with their faults named."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pycolmap
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dust3r_sfm.errors import InputError
+from dust3r_sfm.formats.colmap_files import PARTS, check_binary_model, model_files
+from dust3r_sfm.geometry.camera import split_rotation
+from dust3r_sfm.scene import Scene, Tracks
+
+SQUARE_PIXELS = 1e-6
+"""Focal lengths of x and y that differ relatively by less are one: SIMPLE_PINHOLE."""
+
+
+def write_colmap(
+    scene: Scene,
+    folder: Path,
+    text: bool = False,
+    shared_camera: bool = False,
+    first_id: int = 1,
+    more_keypoints: Mapping[str, Float[np.ndarray, "_k 2"]] | None = None,
+) -> None:
+    """Writes a scene as a COLMAP model in pixels of the stored files; as .bin, and as .txt too with `text`.
+
+    The files are complete before they replace those of an earlier model in `folder`; other files
+    there stay. With `shared_camera` images of one stored size share one camera, of the median
+    intrinsics. Ids begin at `first_id`. `more_keypoints` of an image, which see no point, follow
+    those of its tracks. Names with blanks cannot stand in a .txt model: InputError.
+    """
+    if text:
+        check_text_names(scene.names)
+    write_model(colmap_from_scene(scene, shared_camera, first_id, more_keypoints), folder, text)
+
+
+def write_model(reconstruction: pycolmap.Reconstruction, folder: Path, text: bool = False) -> None:
+    """Writes a model, complete before it replaces the files of an earlier one; other files in `folder` stay."""
+    folder = Path(folder).absolute()
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
+    temporary.mkdir(parents=True)
+    try:
+        reconstruction.write(temporary)
+        if text:
+            reconstruction.write_text(temporary)
+        _check_written(temporary)
+        folder.mkdir(exist_ok=True)
+        written = {file.name for file in temporary.iterdir()}
+        for stale in model_files(folder):
+            if stale.name not in written:
+                stale.unlink()
+        for name in sorted(written):
+            os.replace(temporary / name, folder / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_text_names(names: Iterable[str]) -> None:
+    """InputError for names that a .txt model cannot hold: COLMAP reads them back cut at the first blank."""
+    blank = next((name for name in names if any(character.isspace() for character in name)), None)
+    if blank is not None:
+        raise InputError(f"a text model cannot hold image names with blanks, such as {blank!r}: rename, or omit text")
+
+
+def read_colmap(folder: Path) -> pycolmap.Reconstruction:
+    """The COLMAP model in a folder, .bin or .txt; InputError where there is none, or names the file that is broken."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no COLMAP model at {folder}: there is no such folder")
+    suffixes = [s for s in (".bin", ".txt") if all((folder / f"{part}{s}").is_file() for part in PARTS[:3])]
+    if not suffixes:
+        raise InputError(f"no COLMAP model in {folder}: expected cameras, images and points3D as .bin or .txt")
+    if suffixes[0] == ".bin":
+        check_binary_model(folder)
+    try:
+        reconstruction = pycolmap.Reconstruction(folder)
+        valid = _is_valid(reconstruction) and all(camera.verify_params() for camera in reconstruction.cameras.values())
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise InputError(f"the COLMAP model in {folder} is broken: {error}") from error
+    if not valid:
+        raise InputError(
+            f"the COLMAP model in {folder} is broken: its cameras, images and points contradict each other"
+        )
+    return reconstruction
+
+
+def first_ids(scenes: Sequence[Scene]) -> list[int]:
+    """The first camera and image id of each model of one run: numbered through, as in one database."""
+    return list(itertools.accumulate((len(scene.names) for scene in scenes[:-1]), initial=1))
+
+
+def colmap_from_scene(
+    scene: Scene,
+    shared_camera: bool = False,
+    first_id: int = 1,
+    more_keypoints: Mapping[str, Float[np.ndarray, "_k 2"]] | None = None,
+) -> pycolmap.Reconstruction:
+    """The scene in COLMAP's types: image i of the scene has id first_id + i, its points are numbered from 1."""
+    img_from_net = torch.linalg.inv(scene.net_from_img.detach().cpu().double())
+    K, imgcam_from_netcam = split_rotation(img_from_net, scene.K.detach().cpu().double())
+    cam_from_world = imgcam_from_netcam @ scene.cam_from_world.detach().cpu().double()
+    if not (K.isfinite().all() and cam_from_world.isfinite().all()):
+        raise ValueError("a scene with cameras that are not finite has no COLMAP model")
+    reconstruction = pycolmap.Reconstruction()
+    camera_ids = _add_cameras(reconstruction, K, scene.original_sizes, shared_camera, first_id)
+    keypoints = _keypoints_by_image(scene)
+    for index, (name, camera_id) in enumerate(zip(scene.names, camera_ids, strict=True)):
+        xy = np.concatenate([keypoints[index], (more_keypoints or {}).get(name, np.zeros((0, 2)))])
+        image = pycolmap.Image(name=name, camera_id=camera_id, image_id=first_id + index, keypoints=xy)
+        _add_image(reconstruction, image, pycolmap.Rigid3d(cam_from_world[index, :3].numpy()))
+    if scene.tracks is not None:
+        _add_points(reconstruction, scene.tracks, first_id)
+    reconstruction.update_point_3d_errors()
+    assert _is_valid(reconstruction)
+    return reconstruction
+
+
+def _add_cameras(
+    reconstruction: pycolmap.Reconstruction,
+    K: Float[Tensor, "n 3 3"],
+    sizes: tuple[tuple[int, int], ...],
+    shared_camera: bool,
+    first_id: int,
+) -> list[int]:
+    """Ids of the images' cameras, from `first_id` in the order of first use."""
+    groups: dict[object, list[int]] = {}
+    for index, size in enumerate(sizes):
+        groups.setdefault(size if shared_camera else index, []).append(index)
+    camera_ids = [0] * len(sizes)
+    for camera_id, members in enumerate(groups.values(), start=first_id):
+        # The mean of the middle two: torch's median would take the lower.
+        fx, fy, cx, cy = K[members][:, [0, 1, 0, 1], [0, 1, 2, 2]].quantile(0.5, dim=0).tolist()
+        square = abs(fx - fy) <= SQUARE_PIXELS * fx
+        model, params = ("SIMPLE_PINHOLE", [fx, cx, cy]) if square else ("PINHOLE", [fx, fy, cx, cy])
+        width, height = sizes[members[0]]
+        camera = pycolmap.Camera(camera_id=camera_id, model=model, width=width, height=height, params=params)
+        assert camera.verify_params()
+        reconstruction.add_camera(camera)
+        rig = pycolmap.Rig(rig_id=camera_id)  # pycolmap 3.13 has no call that adds both
+        rig.add_ref_sensor(camera.sensor_id)
+        reconstruction.add_rig(rig)
+        for index in members:
+            camera_ids[index] = camera_id
+    return camera_ids
+
+
+def _order_by_image(tracks: Tracks) -> np.ndarray:
+    return np.argsort(tracks.image_indices.cpu().numpy(), kind="stable")
+
+
+def _add_image(
+    reconstruction: pycolmap.Reconstruction, image: pycolmap.Image, cam_from_world: pycolmap.Rigid3d
+) -> None:
+    frame = pycolmap.Frame(frame_id=image.image_id, rig_id=image.camera_id)
+    frame.add_data_id(image.data_id)
+    frame.rig_from_world = cam_from_world
+    reconstruction.add_frame(frame)
+    image.frame_id = frame.frame_id
+    reconstruction.add_image(image)
+
+
+def _keypoints_by_image(scene: Scene) -> list[np.ndarray]:
+    if scene.tracks is None:
+        return [np.zeros((0, 2))] * len(scene.names)
+    order = _order_by_image(scene.tracks)
+    counts = np.bincount(scene.tracks.image_indices.cpu().numpy(), minlength=len(scene.names))
+    return np.split(scene.tracks.keypoints.cpu().double().numpy()[order], np.cumsum(counts)[:-1])
+
+
+def _add_points(reconstruction: pycolmap.Reconstruction, tracks: Tracks, first_id: int) -> None:
+    image_indices, point_indices = tracks.image_indices.cpu().numpy(), tracks.point_indices.cpu().numpy()
+    order = _order_by_image(tracks)
+    starts = np.searchsorted(image_indices[order], image_indices[order])
+    point2d = np.empty(len(order), dtype=np.int64)
+    point2d[order] = np.arange(len(order)) - starts
+
+    by_point = np.argsort(point_indices, kind="stable")
+    elements = [
+        pycolmap.TrackElement(image_id, index)
+        for image_id, index in zip(
+            (image_indices[by_point] + first_id).tolist(), point2d[by_point].tolist(), strict=True
+        )
+    ]
+    ends = np.cumsum(np.bincount(point_indices, minlength=len(tracks.errors))).tolist()
+    points, colors = tracks.points_in_world.cpu().double().numpy(), tracks.colors.cpu().numpy()
+    for point, color, start, end in zip(points, colors, [0, *ends][:-1], ends, strict=True):
+        reconstruction.add_point3D(point, pycolmap.Track(elements[start:end]), color)
+
+
+def _is_valid(reconstruction: pycolmap.Reconstruction) -> bool:
+    return not hasattr(reconstruction, "is_valid") or reconstruction.is_valid()  # pycolmap 3.13 cannot say
+
+
+def _check_written(folder: Path) -> None:
+    # A full disk does not stop COLMAP's writer: the files are cut short.
+    try:
+        check_binary_model(folder)
+    except InputError as error:
+        raise OSError(f"the COLMAP model could not be written whole ({error}): is the disk full?") from error
+    for path in model_files(folder):
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+            if path.suffix == ".txt" and not file.read().endswith(b"\n"):
+                raise OSError(f"the COLMAP model could not be written whole ({path} is cut short): is the disk full?")

@@ -1,0 +1,113 @@
+"""Scenes from COLMAP models: cameras and points go to the network images, depths are scaled to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pycolmap
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dust3r_sfm.geometry.camera import split_rotation, transform_K
+from dust3r_sfm.geometry.colmap_types import transform_from_rigid3d
+from dust3r_sfm.geometry.transforms import inverse
+from dust3r_sfm.scene import Scene, Tracks
+from dust3r_sfm.views import View
+
+MIN_DEPTHS = 10
+"""Points that an image must see for its depth map to be scaled by them alone."""
+
+DepthMaps = Mapping[str, tuple[Float[Tensor, "_h _w"], Float[Tensor, "_h _w"]]]
+"""By image name, depth and confidence of the network image; depths in any unit, one for all or not."""
+
+
+def scene_from_colmap(reconstruction: pycolmap.Reconstruction, views: Sequence[View], depth_maps: DepthMaps) -> Scene:
+    """The registered images of a model as a scene, in the order of `views`.
+
+    Depth maps are scaled to the points that their image sees (the median ratio; the median
+    over images where it sees too few). Images without one get depth and confidence 0.
+    Lens distortion stays with the model: a scene's `K` is that of the pinhole behind it.
+    """
+    ids = {image.name: i for i, image in reconstruction.images.items() if image.has_pose}
+    views = [view for view in views if view.name in ids]
+    img_from_net = torch.linalg.inv(torch.stack([view.net_from_img.double() for view in views]))
+    poses = [transform_from_rigid3d(reconstruction.image(ids[view.name]).cam_from_world()) for view in views]
+    cameras = [reconstruction.camera(reconstruction.image(ids[view.name]).camera_id) for view in views]
+    K_img = torch.stack([torch.from_numpy(np.array(camera.calibration_matrix())) for camera in cameras])
+    eye = torch.eye(3, dtype=torch.float64).expand(len(views), 3, 3)
+    _, imgcam_from_netcam = split_rotation(img_from_net, eye)
+    net_from_img = torch.linalg.inv(img_from_net)
+    scene = Scene(
+        names=tuple(view.name for view in views),
+        K=transform_K(K_img, net_from_img) @ imgcam_from_netcam[:, :3, :3],
+        cam_from_world=inverse(imgcam_from_netcam) @ torch.stack(poses),
+        depth=tuple(torch.zeros(view.size) for view in views),
+        confidence=tuple(torch.zeros(view.size) for view in views),
+        net_from_img=net_from_img,
+        original_sizes=tuple(view.original_size for view in views),
+        tracks=tracks_of(reconstruction, [ids[view.name] for view in views]),
+    )
+    return _with_depth(scene, depth_maps)
+
+
+def tracks_of(reconstruction: pycolmap.Reconstruction, image_ids: Sequence[int]) -> Tracks:
+    """The points of a model as tracks; `image_ids` says which image of the model has which index."""
+    index_of = {image_id: index for index, image_id in enumerate(image_ids)}
+    points, colors, errors, lengths, images, keypoints = [], [], [], [], [], []
+    pixels = {i: np.array([p.xy for p in reconstruction.image(i).points2D]).reshape(-1, 2) for i in image_ids}
+    reconstruction.update_point_3d_errors()
+    for point_id in sorted(reconstruction.points3D):
+        point = reconstruction.point3D(point_id)
+        elements = [(index_of[e.image_id], e) for e in point.track.elements if e.image_id in index_of]
+        elements = sorted(dict(reversed(elements)).items(), key=lambda pair: pair[0])
+        if len(elements) < 2:
+            continue
+        points.append(point.xyz)
+        colors.append(point.color)
+        errors.append(point.error)
+        lengths.append(len(elements))
+        images += [index for index, _ in elements]
+        keypoints += [pixels[element.image_id][element.point2D_idx] for _, element in elements]
+    return Tracks(
+        points_in_world=torch.from_numpy(np.array(points).reshape(-1, 3)).float(),
+        colors=torch.from_numpy(np.array(colors, dtype=np.uint8).reshape(-1, 3)),
+        errors=torch.tensor(errors, dtype=torch.float32),
+        point_indices=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long)),
+        image_indices=torch.tensor(images, dtype=torch.long),
+        keypoints=torch.from_numpy(np.array(keypoints).reshape(-1, 2)).float(),
+    )
+
+
+def _with_depth(scene: Scene, depth_maps: DepthMaps) -> Scene:
+    ratios = [
+        _depth_ratios(scene, index, *depth_maps[name]) if name in depth_maps else torch.zeros(0)
+        for index, name in enumerate(scene.names)
+    ]
+    every = torch.cat(ratios)
+    usual = float(every.median()) if len(every) else 1.0
+    depth, confidence = list(scene.depth), list(scene.confidence)
+    for index, name in enumerate(scene.names):
+        if name in depth_maps:
+            own = ratios[index]
+            depth[index] = depth_maps[name][0] * (float(own.median()) if len(own) >= MIN_DEPTHS else usual)
+            confidence[index] = depth_maps[name][1]
+    return Scene(**{**vars(scene), "depth": tuple(depth), "confidence": tuple(confidence)})
+
+
+def _depth_ratios(
+    scene: Scene, index: int, depth: Float[Tensor, "h w"], confidence: Float[Tensor, "h w"]
+) -> Float[Tensor, " k"]:
+    """Depth of the points that an image sees over that of its depth map there."""
+    tracks = scene.tracks
+    here = tracks.image_indices == index
+    pixels = torch.nn.functional.pad(tracks.keypoints[here].double(), (0, 1), value=1.0) @ scene.net_from_img[index].T
+    x, y = pixels[:, :2].long().unbind(-1)
+    height, width = depth.shape
+    inside = (x >= 0) & (y >= 0) & (x < width) & (y < height)
+    pose = scene.cam_from_world[index]
+    z = tracks.points_in_world[tracks.point_indices[here]].double() @ pose[2, :3] + pose[2, 3]
+    there = depth[y[inside], x[inside]]
+    usable = (there > 0) & (confidence[y[inside], x[inside]] > 0) & (z[inside] > 0)
+    return (z[inside] / there)[usable].float()

@@ -1,0 +1,45 @@
+"""Intrinsics and poses that are known beforehand: from a `cameras.json` or from a COLMAP model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dust3r_sfm.errors import InputError
+from dust3r_sfm.formats.cameras_json import read_cameras_json
+from dust3r_sfm.formats.colmap import read_colmap
+
+KnownCamera = tuple[Float[Tensor, "3 3"] | None, Float[Tensor, "4 4"] | None]
+"""K in pixels of the stored file, and cam_from_world; None for what is not known."""
+
+
+def read_known_cameras(path: Path, names: Collection[str]) -> dict[str, KnownCamera]:
+    """What is known of the named images; distortion is left out. InputError where the file names none of them."""
+    found = _from_json(path) if path.is_file() or (path / "cameras.json").is_file() else _from_colmap(path)
+    known = {name: camera for name, camera in found.items() if name in names}
+    if not known:
+        raise InputError(
+            f"{path} has cameras of {len(found)} images, none of which is among the {len(names)} photos "
+            f"(such as {min(names)}): names are paths below the image folder"
+        )
+    return known
+
+
+def _from_json(path: Path) -> dict[str, KnownCamera]:
+    return {frame.name: (frame.K, frame.cam_from_world) for frame in read_cameras_json(path)}
+
+
+def _from_colmap(path: Path) -> dict[str, KnownCamera]:
+    model = read_colmap(path)
+    known: dict[str, KnownCamera] = {}
+    for image in model.images.values():
+        K = torch.from_numpy(model.cameras[image.camera_id].calibration_matrix())
+        pose = torch.eye(4, dtype=torch.float64)
+        if image.has_pose:
+            pose[:3] = torch.from_numpy(image.cam_from_world().matrix())
+        known[image.name] = (K, pose if image.has_pose else None)
+    return known
