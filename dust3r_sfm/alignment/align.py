@@ -1,0 +1,215 @@
+"""Global alignment: pairwise pointmaps of unknown scales become one scene of cameras and depths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dust3r_sfm.alignment import initialization
+from dust3r_sfm.alignment.cameras import Cameras, cameras_of_views
+from dust3r_sfm.alignment.chaining import start_pairs
+from dust3r_sfm.alignment.dense import DepthFusion
+from dust3r_sfm.alignment.initialization import KnownFrame
+from dust3r_sfm.alignment.objective import (
+    CAMERA_DOF,
+    FOCAL_INDEX,
+    MIN_DEPTH,
+    Evaluation,
+    Problem,
+    State,
+    pair_beliefs,
+    pair_scales,
+    without_scale,
+)
+from dust3r_sfm.alignment.observations import Observations, sample_pairs, stack_samples
+from dust3r_sfm.alignment.optimization import minimize, with_settled_depth
+from dust3r_sfm.errors import ReconstructionError
+from dust3r_sfm.geometry.camera import pixel_grid
+from dust3r_sfm.geometry.transforms import inverse, rigid_transform, transform_points
+from dust3r_sfm.graph import connected_components
+from dust3r_sfm.pairs import Predictions
+from dust3r_sfm.scene import Scene
+from dust3r_sfm.views import View
+
+MIN_SAMPLES_PER_IMAGE = 200
+MAX_SAMPLES_IN_ALL = 6_000_000
+"""Over both sides of all pairs; 100 bytes each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig:
+    """How the cameras, depths and pairwise similarities of a component are sought."""
+
+    max_iters: int = 100
+    """Gauss-Newton steps at most."""
+    min_improvement: float = 1e-4
+    """Stops after three steps in a row that lower the cost by less than this fraction."""
+    max_samples: int = 1500
+    """Pixels of an image that take part, on a regular grid; depths are computed for all in the end."""
+
+
+def align(views: Sequence[View], predictions: Predictions, config: AlignConfig = AlignConfig()) -> Scene:
+    """The scene of the largest connected component."""
+    return next(iterate_components(views, predictions, config))
+
+
+def align_components(
+    views: Sequence[View], predictions: Predictions, config: AlignConfig = AlignConfig()
+) -> list[Scene]:
+    """A scene for every connected component of two views or more, largest first."""
+    return list(iterate_components(views, predictions, config))
+
+
+def iterate_components(
+    views: Sequence[View], predictions: Predictions, config: AlignConfig = AlignConfig()
+) -> Iterator[Scene]:
+    """A scene for every connected component of two views or more, largest first, each when it is asked for.
+
+    Known intrinsics and poses of any of the views are held. Several known places fix world and scale, one known
+    pose fixes the world; else the world is the camera of the image with most pairs, and the median depth is 1.
+    ReconstructionError where no pair says anything.
+    """
+    # Of a great many pairs fewer pixels each say as much, and all fit in memory.
+    max_samples = min(config.max_samples, max(MIN_SAMPLES_PER_IMAGE, MAX_SAMPLES_IN_ALL // (2 * len(predictions) + 1)))
+    samples = sample_pairs(views, predictions, max_samples)
+    components = connected_components([view.name for view in views], samples)
+    components = [names for names in components if len(names) > 1]
+    if not components:
+        raise ReconstructionError(
+            f"none of {len(predictions)} pairs of {len(views)} images has usable pointmaps of both images "
+            "(finite, in front of the camera): match more images or lower min_confidence"
+        )
+    by_name = {view.name: view for view in views}
+    failures, num_aligned = [], 0
+    for names in components:
+        observations = stack_samples([by_name[name] for name in names], samples, max_samples)
+        try:
+            scene = _align_component([by_name[name] for name in names], observations, predictions, config)
+        except ReconstructionError as error:  # the other components may still stand
+            failures.append(error)
+        else:
+            num_aligned += 1
+            yield scene
+    if not num_aligned:
+        raise failures[0]
+
+
+def _align_component(
+    views: Sequence[View], observations: Observations, predictions: Predictions, config: AlignConfig
+) -> Scene:
+    cameras = cameras_of_views(views)
+    problem, state, frame = _start(observations, cameras)
+    problem, state = with_settled_depth(problem, state)
+    state, evaluation = minimize(problem, state, config.max_iters, config.min_improvement)
+    finite = all(x.isfinite().all() for x in (state.world_from_cam, state.focal, state.depth, state.world_from_pair))
+    if not finite:
+        raise ReconstructionError(
+            f"the {len(observations.pairs)} pairs of {views[0].name} and {len(views) - 1} more images fit no scene: "
+            "raise min_confidence or leave images out"
+        )
+    K = cameras.base_K.clone()
+    K[:, :2, :2] *= state.focal[:, None, None]
+    depth, confidence = _fuse_depths(views, predictions, observations, problem, state, evaluation, K)
+    cam_from_world, factor = _in_output_frame(cameras, state, frame, depth, confidence)
+    return Scene(
+        names=observations.names,
+        K=K.float(),
+        cam_from_world=cam_from_world.float(),
+        depth=tuple(d * factor for d in depth),
+        confidence=tuple(confidence),
+        net_from_img=torch.stack([view.net_from_img for view in views]),
+        original_sizes=tuple(view.original_size for view in views),
+    )
+
+
+def _start(observations: Observations, cameras: Cameras) -> tuple[Problem, State, KnownFrame]:
+    """The problem and its start, in a world of unit size whose origin is the reference camera."""
+    rays = _sampled_rays(observations, cameras)
+    start = start_pairs(observations)
+    focal = initialization.start_focals(observations, cameras, rays, start)
+    world_from_cam = initialization.start_poses(observations, cameras, rays, focal, start)
+    is_known = cameras.is_pose_known
+    reference = int(is_known.int().argmax()) if is_known.any() else _most_paired_image(observations)
+    to_reference = inverse(world_from_cam[reference])
+    world_from_cam = to_reference @ world_from_cam
+    points = transform_points(to_reference.float(), start.points)
+
+    is_free = torch.ones(len(observations.names), CAMERA_DOF, dtype=torch.bool)
+    is_free[cameras.is_focal_known, FOCAL_INDEX] = False
+    frame = initialization.align_to_known(world_from_cam, inverse(cameras.cam_from_world), is_known)
+    is_free[is_known, :6] = False
+    if not frame.is_scale_known:
+        is_free[reference, :FOCAL_INDEX] = False
+    known_in_world = without_scale(inverse(frame.known_from_world) @ inverse(cameras.cam_from_world))
+    world_from_cam = torch.where(is_known[:, None, None], known_in_world, world_from_cam)
+    depth = transform_points(inverse(world_from_cam).float(), points)[..., 2].clamp(min=MIN_DEPTH)
+    problem = Problem(observations, rays, is_free, initialization.focal_limits(observations, cameras))
+    return problem, State(world_from_cam, focal, depth, to_reference @ start.world_from_pair), frame
+
+
+def _sampled_rays(observations: Observations, cameras: Cameras) -> Float[Tensor, "n m 3"]:
+    rays = torch.zeros(len(observations.names), observations.weights.shape[-1], 3)
+    rays[..., 2] = 1
+    for n, grid in enumerate(observations.grids):
+        pixels = grid.sample(pixel_grid(*grid.size, dtype=torch.float64))
+        homogeneous = torch.cat([pixels, torch.ones(len(pixels), 1, dtype=torch.float64)], dim=-1)
+        rays[n, : len(pixels)] = (homogeneous @ torch.linalg.inv(cameras.base_K[n]).mT).float()
+    return rays
+
+
+def _most_paired_image(observations: Observations) -> int:
+    """The image with most pairs; of several the first that is a camera 0."""
+    counts = torch.bincount(observations.images.flatten(), minlength=len(observations.names)).double()
+    counts[observations.images[0]] += 0.5
+    return int(counts.argmax())
+
+
+def _fuse_depths(
+    views: Sequence[View],
+    predictions: Predictions,
+    observations: Observations,
+    problem: Problem,
+    state: State,
+    evaluation: Evaluation,
+    K: Float[Tensor, "n 3 3"],
+) -> tuple[list[Float[Tensor, "_h _w"]], list[Float[Tensor, "_h _w"]]]:
+    """Depth in the aligned world's unit and confidence of every image, one image at a time to save memory."""
+    from_raw = state.world_from_pair.clone()
+    from_raw[:, :3, :3] /= observations.units[:, None, None]
+    belief = pair_beliefs(problem, evaluation) / pair_scales(state.world_from_pair)
+    depths, confidences = [], []
+    for n, view in enumerate(views):
+        fusion = DepthFusion(K[n], view.size)
+        cam_from_world = inverse(state.world_from_cam[n])
+        for side in (0, 1):
+            for e in (observations.images[side] == n).nonzero()[:, 0].tolist():
+                fusion.add(predictions[observations.pairs[e]], side, cam_from_world @ from_raw[e], float(belief[e]))
+        depth, confidence = fusion.fused()
+        depths.append(depth)
+        confidences.append(confidence if view.mask is None else confidence * view.mask)
+    return depths, confidences
+
+
+def _in_output_frame(
+    cameras: Cameras,
+    state: State,
+    frame: KnownFrame,
+    depth: Sequence[Float[Tensor, "_h _w"]],
+    confidence: Sequence[Float[Tensor, "_h _w"]],
+) -> tuple[Float[Tensor, "n 4 4"], float]:
+    """cam_from_world in the world that is handed out, and the factor on depths there."""
+    factor = float(pair_scales(frame.known_from_world))
+    if not frame.is_scale_known:
+        seen = torch.cat([d[c > 0] for d, c in zip(depth, confidence, strict=True)])
+        factor = 1 / float(seen.median()) if len(seen) else 1.0
+    rotation = without_scale(frame.known_from_world)[:3, :3]
+    world_from_cam = rigid_transform(
+        rotation @ state.world_from_cam[:, :3, :3],
+        factor * state.world_from_cam[:, :3, 3] @ rotation.mT + frame.known_from_world[:3, 3],
+    )
+    cam_from_world = inverse(world_from_cam)
+    return torch.where(cameras.is_pose_known[:, None, None], cameras.cam_from_world, cam_from_world), factor

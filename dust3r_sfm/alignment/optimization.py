@@ -1,0 +1,72 @@
+"""Second-order descent on the alignment objective."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dust3r_sfm.alignment.normal_equations import Step, normal_equations
+from dust3r_sfm.alignment.objective import (
+    DEPTH_INDEX,
+    FOCAL_INDEX,
+    MIN_OUTLIER_DISTANCE,
+    Evaluation,
+    Problem,
+    State,
+    evaluate,
+    refine_depth,
+)
+from dust3r_sfm.geometry.transforms import rigid_transform, rotation_from_rotvec
+
+MIN_DEPTH_FACTOR = 0.1
+"""A step brings no depth nearer than to this fraction of it."""
+NUM_DEPTH_TURNS = 3
+MAX_DAMPING = 1e6
+ROUNDING = 1e-7
+"""Changes of the cost that float32 does not resolve."""
+
+
+def with_settled_depth(problem: Problem, state: State) -> tuple[Problem, State]:
+    """The state with the depths that fit it best, and the problem with the outlier distance that suits it."""
+    for _ in range(NUM_DEPTH_TURNS):
+        state = refine_depth(problem, state, evaluate(problem, state))
+    typical = float(evaluate(problem, state).distances.median())
+    return replace(problem, outlier_distance=max(3 * typical, MIN_OUTLIER_DISTANCE)), state
+
+
+def minimize(problem: Problem, state: State, max_iters: int, min_improvement: float) -> tuple[State, Evaluation]:
+    """The state of least cost near a start, by damped Gauss-Newton steps and depths in turn, until it settles."""
+    evaluation = evaluate(problem, state)
+    equations, damping, num_stalled = normal_equations(problem, state, evaluation), 1e-3, 0
+    for _ in range(max_iters):
+        trial = moved(problem, state, equations.solve(damping))
+        trial = refine_depth(problem, trial, evaluate(problem, trial))
+        trial_evaluation = evaluate(problem, trial)
+        if not trial_evaluation.cost < evaluation.cost:
+            damping *= 10
+            if damping > MAX_DAMPING:
+                break
+            continue
+        least = min_improvement * evaluation.cost + ROUNDING
+        is_small = evaluation.cost - trial_evaluation.cost < least
+        num_stalled = num_stalled + 1 if is_small else 0
+        state, evaluation, damping = trial, trial_evaluation, max(damping / 5, 1e-9)
+        if num_stalled == 3:
+            break
+        equations = normal_equations(problem, state, evaluation)
+    return state, evaluation
+
+
+def moved(problem: Problem, state: State, step: Step) -> State:
+    """The state after a step."""
+    cameras, pairs = step.cameras, step.pairs
+    cam_rotation = rotation_from_rotvec(cameras[:, :3]) @ state.world_from_cam[:, :3, :3]
+    pair_linear = rotation_from_rotvec(pairs[:, :3]) @ state.world_from_pair[:, :3, :3]
+    depth = state.depth * cameras[:, DEPTH_INDEX, None].exp().float() + step.depth
+    return State(
+        world_from_cam=rigid_transform(cam_rotation, state.world_from_cam[:, :3, 3] + cameras[:, 3:6]),
+        focal=(state.focal * cameras[:, FOCAL_INDEX].exp()).clamp(*problem.focal_limits.unbind(dim=-1)),
+        depth=depth.maximum(MIN_DEPTH_FACTOR * state.depth),
+        world_from_pair=rigid_transform(
+            pair_linear * pairs[:, 6, None, None].exp(), state.world_from_pair[:, :3, 3] + pairs[:, 3:6]
+        ),
+    )
