@@ -1,0 +1,84 @@
+"""What cameras and files do to photos: exposure, white balance, contrast, vignetting, blur, noise, JPEG.
+
+Nothing moves: the geometry of an image stays as it is. Sizes are multiples of 8, the side of JPEG's blocks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dust3r_sfm.training.world import Dice, constant
+
+_LUMINANCE = (0.299, 0.587, 0.114)
+_QUANTIZATION = (  # of luminance, ITU T.81 annex K.1
+    (16, 11, 10, 16, 24, 40, 51, 61), (12, 12, 14, 19, 26, 58, 60, 55), (14, 13, 16, 24, 40, 57, 69, 56),
+    (14, 17, 22, 29, 51, 87, 80, 62), (18, 22, 37, 56, 68, 109, 103, 77), (24, 35, 55, 64, 81, 104, 113, 92),
+    (49, 64, 78, 87, 103, 121, 120, 101), (72, 92, 95, 98, 112, 100, 103, 99),
+)  # fmt: skip
+_DCT = tuple(
+    tuple((math.sqrt(0.125) if k == 0 else 0.5) * math.cos((2 * n + 1) * k * math.pi / 16) for n in range(8))
+    for k in range(8)
+)
+
+
+def _tone(dice: Dice, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+    n = len(x)
+    gain = (0.16 * dice.normal(n, 1, 1, 1)).exp() * (0.04 * dice.normal(n, 3, 1, 1)).exp()
+    x = (x * gain).clamp(1e-4, 1) ** (0.12 * dice.normal(n, 1, 1, 1)).exp()
+    gray = (x * constant(_LUMINANCE, x.device)[:, None, None]).sum(1, keepdim=True)
+    saturation = dice.uniform(n, 1, 1, 1, low=0.6, high=1.4) * ~dice.chance(0.05, n, 1, 1, 1)
+    x = gray + (x - gray) * saturation
+    contrast = dice.uniform(n, 1, 1, 1, low=0.85, high=1.45)
+    middle = gray.mean((2, 3), keepdim=True)
+    return (x - middle) * contrast + middle
+
+
+def _vignette(dice: Dice, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+    h, w = x.shape[-2:]
+    y = torch.linspace(-1, 1, h, device=x.device)[:, None]
+    r2 = y * y + torch.linspace(-1, 1, w, device=x.device) ** 2
+    return x * (1 - dice.uniform(len(x), 1, 1, 1, high=0.25) * dice.chance(0.3, len(x), 1, 1, 1) * r2)
+
+
+def _blur(dice: Dice, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+    """Gaussian over five pixels each way, of a width up to 1.3 pixels for two in five images."""
+    sigma = dice.uniform(len(x), 1, 1, 1, high=1.3) * dice.chance(0.4, len(x), 1, 1, 1) + 0.05
+    weights = [torch.exp(-0.5 * (k / sigma) ** 2) for k in range(3)]
+    total = weights[0] + 2 * weights[1] + 2 * weights[2]
+    for dim in (2, 3):
+        pad = (0, 0, 2, 2) if dim == 2 else (2, 2, 0, 0)
+        padded, size = torch.nn.functional.pad(x, pad, mode="replicate"), x.shape[dim]
+        at = [padded.narrow(dim, k, size) for k in range(5)]
+        x = (weights[0] * at[2] + weights[1] * (at[1] + at[3]) + weights[2] * (at[0] + at[4])) / total
+    return x
+
+
+def _jpeg(dice: Dice, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+    """Quantised 8 x 8 cosine transform of every channel, for two in five images."""
+    n, _, h, w = x.shape
+    dct = constant(_DCT, x.device)
+    quality = dice.uniform(n, 1, 1, 1, 1, 1, low=20.0, high=95.0)
+    scale = torch.where(quality < 50, 50 / quality, 2 - quality / 50)
+    table = (constant(_QUANTIZATION, x.device) * scale / 255).clamp(min=1 / 255)
+    gray = (x * constant(_LUMINANCE, x.device)[:, None, None]).sum(1, keepdim=True)
+    planes = torch.cat([gray, x[:, :1] - gray, x[:, 2:] - gray], 1)  # luminance, and colours coarser
+    table = table * constant((1.0, 2.0, 2.0), x.device)[:, None, None, None, None]
+    blocks = planes.reshape(n, 3, h // 8, 8, w // 8, 8).transpose(3, 4)
+    coded = dct @ blocks @ dct.T
+    coded = (coded / table).round() * table
+    planes = (dct.T @ coded @ dct).transpose(3, 4).reshape(n, 3, h, w)
+    red, blue = planes[:, 0] + planes[:, 1], planes[:, 0] + planes[:, 2]
+    green = (planes[:, 0] - _LUMINANCE[0] * red - _LUMINANCE[2] * blue) / _LUMINANCE[1]
+    return torch.where(dice.chance(0.4, n, 1, 1, 1), torch.stack([red, green, blue], 1), x)
+
+
+def augment(dice: Dice, images: Float[Tensor, "b v 3 h w"]) -> Float[Tensor, "b v 3 h w"]:
+    """Every image changed on its own, so that the views of a pair differ; values stay in [0, 1]."""
+    x = images.flatten(0, 1)
+    x = _blur(dice, _vignette(dice, _tone(dice, x)))
+    x = x + 0.03 * dice.uniform(len(x), 1, 1, 1) ** 2 * dice.normal(*x.shape)
+    return _jpeg(dice, x.clamp(0, 1)).clamp(0, 1).unflatten(0, images.shape[:2])

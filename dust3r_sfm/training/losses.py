@@ -1,0 +1,88 @@
+"""DUSt3R's training losses, and one that teaches tokens of the same place to be alike."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dust3r_sfm.pairs import PairPrediction
+
+
+def mean_distance(
+    pointmaps: Float[Tensor, "b 2 h w 3"], valid: Bool[Tensor, "b 2 h w"], floor: float = 1e-8
+) -> Float[Tensor, "b 1 1 1 1"]:
+    """Mean distance to the origin of the valid points of both views."""
+    distance = torch.where(valid, pointmaps.norm(dim=-1), 0.0).sum((1, 2, 3))
+    return (distance / valid.sum((1, 2, 3)).clamp(min=1)).clamp(min=floor)[:, None, None, None, None]
+
+
+def regression_error(
+    predicted: Float[Tensor, "b 2 h w 3"],
+    truth: Float[Tensor, "b 2 h w 3"],
+    valid: Bool[Tensor, "b 2 h w"],
+    normalize: bool = True,
+) -> Float[Tensor, "b 2 h w"]:
+    """Distance between predicted and true points, each side divided by its mean distance to the origin (eq. 2, 3)."""
+    if normalize:
+        predicted, truth = predicted / mean_distance(predicted, valid), truth / mean_distance(truth, valid)
+    return (predicted - truth).norm(dim=-1)
+
+
+def masked_mean(values: Float[Tensor, "b *n"], valid: Bool[Tensor, "b *n"]) -> Float[Tensor, ""]:
+    """Mean over the valid entries of the batch; 0 where there is none."""
+    return torch.where(valid, values, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def confidence_loss(
+    error: Float[Tensor, "b 2 h w"],
+    confidence: Float[Tensor, "b 2 h w"],
+    valid: Bool[Tensor, "b 2 h w"],
+    alpha: float = 0.2,
+) -> Float[Tensor, ""]:
+    """Sum over both views of mean(C e - alpha log C) over the valid pixels (eq. 4)."""
+    loss = confidence * error - alpha * confidence.log()
+    return masked_mean(loss[:, 0], valid[:, 0]) + masked_mean(loss[:, 1], valid[:, 1])
+
+
+def stack_prediction(prediction: PairPrediction) -> tuple[Float[Tensor, "b 2 h w 3"], Float[Tensor, "b 2 h w"]]:
+    """Both views' pointmaps and confidences, where the views have one size."""
+    pointmaps = torch.stack([prediction.pointmap0_in_cam0, prediction.pointmap1_in_cam0], 1)
+    return pointmaps, torch.stack([prediction.confidence0, prediction.confidence1], 1)
+
+
+def token_targets(
+    points_in_cam1: Float[Tensor, "b h w 3"],
+    K1: Float[Tensor, "b 3 3"],
+    depth1: Float[Tensor, "b h w"],
+    valid0: Bool[Tensor, "b h w"],
+    patch: int = 16,
+) -> Int[Tensor, "b n"]:
+    """For the middle of each patch of view 0 the patch of view 1 that sees the same point, -100 where none does.
+
+    `points_in_cam1` are view 0's points in camera 1; a point is seen where it lies within 3 % of view 1's depth.
+    """
+    h, w = depth1.shape[-2:]
+    middle = slice(patch // 2, None, patch)
+    points, valid = points_in_cam1[:, middle, middle].flatten(1, 2), valid0[:, middle, middle].flatten(1)
+    z = points[..., 2].clamp(min=1e-6)
+    u = points[..., 0] / z * K1[:, None, 0, 0] + K1[:, None, 0, 2]
+    v = points[..., 1] / z * K1[:, None, 1, 1] + K1[:, None, 1, 2]
+    inside = valid & (points[..., 2] > 1e-6) & (u >= 0) & (u < w) & (v >= 0) & (v < h)
+    x, y = u.clamp(0, w - 1).long(), v.clamp(0, h - 1).long()
+    seen = depth1.flatten(1).gather(1, y * w + x)
+    visible = inside & ((seen - z).abs() < 0.03 * z)
+    return torch.where(visible, y // patch * (w // patch) + x // patch, -100)
+
+
+def token_matching_loss(
+    tokens0: Float[Tensor, "b n c"],
+    tokens1: Float[Tensor, "b m c"],
+    targets: Int[Tensor, "b n"],
+    temperature: float = 0.07,
+) -> Float[Tensor, ""]:
+    """Cross-entropy of each token's true partner among the other view's tokens, by cosine similarity."""
+    a, b = (torch.nn.functional.normalize(t.float(), dim=-1) for t in (tokens0, tokens1))
+    log_p = (a @ b.transpose(1, 2) / temperature).log_softmax(-1)
+    chosen = -log_p.gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    return masked_mean(chosen, targets >= 0)

@@ -1,0 +1,194 @@
+"""The loop on a tiny network: it learns, stops, saves, resumes, and several processes stay one network."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig
+from dust3r_sfm.training.loop import LoopConfig, Trainer, learning_rate, load_state_file, make_batch
+from dust3r_sfm.training.world import Dice
+
+TINY = Dust3rConfig(
+    image_size=64, enc_embed_dim=32, enc_depth=2, enc_num_heads=2, dec_embed_dim=32, dec_depth=2, dec_num_heads=2
+)
+SHORT = {
+    "batch": 2, "height": 32, "width": 48, "easy_height": 32, "easy_width": 32, "samples": 1, "warmup_steps": 5,
+    "minutes": 30.0, "log_steps": 5,
+}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("fast_render")
+
+
+def trainer(textures, **options):
+    torch.manual_seed(0)
+    return Trainer(Dust3r(TINY), textures, LoopConfig(**SHORT | options))
+
+
+def run(trainer):
+    """Trains; the steps at which it saved, and the lines it logged."""
+    saves, lines = [], []
+    trainer.train(lambda t: saves.append(t.optimizer.step_count), lines.append)
+    return saves, lines
+
+
+def test_a_tiny_network_learns(kernel, textures):
+    if kernel is None:
+        pytest.skip("no g++: minutes instead of seconds")
+    run_ = trainer(textures, batch=3, max_steps=50, easy_share=0.0, panorama=0.0, learning_rate=4e-3)
+    saves, lines = run(run_)
+    assert saves == [50]
+    assert len(lines) == len(run_.history) == 10
+    errors = [row["error0"] + row["error1"] for row in run_.history]
+    assert sum(errors[-3:]) / 3 < 0.6 * errors[0]
+    assert "error" in lines[0]
+    assert run_.pairs_seen == run_.history[-1]["pairs"] == 150
+    assert all(row["pairs_per_second"] > 0 for row in run_.history)
+
+
+def test_both_directions_of_a_pair_are_trained(textures):
+    batch = make_batch(Dice("cpu", 1), 3, (32, 48), textures, 1)
+    assert batch.images.shape == (3, 2, 3, 32, 48)
+    assert batch.images.min() >= -1
+    assert batch.images.max() <= 1
+    assert batch.truth.shape == (6, 2, 32, 48, 3)
+    assert batch.targets.shape == (6, 6)
+    assert torch.equal(batch.valid[:3], batch.valid[3:].flip(1))
+    # the first view of either direction is in its own camera: the depth rises along each pixel's fixed ray
+    for direction in range(6):
+        points, valid = batch.truth[direction, 0], batch.valid[direction, 0]
+        slope = points[..., 0] / points[..., 2]  # NaN where nothing is
+        column = slope.nanmedian(0).values.expand_as(slope)
+        assert torch.allclose(slope[valid], column[valid], atol=1e-4)
+    # both directions hold the same points: a rigid motion apart
+    for k in range(3):
+        forth, back = batch.truth[k][batch.valid[k]][::37], batch.truth[k + 3].flip(0)[batch.valid[k]][::37]
+        distances = [torch.cdist(points.double(), points.double()) for points in (forth, back)]
+        assert torch.allclose(*distances, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"portrait": 1.0}, {"matching": 0.0}, {"muon": False}, {"samples": 2}])
+def test_other_ways_to_train_run_too(textures, options):
+    run_ = trainer(textures, max_steps=2, log_steps=1, **options)
+    run(run_)
+    assert run_.optimizer.parameters.isfinite().all()
+    assert (run_.history[0]["matching"] == 0) == ("matching" in options)
+
+
+def test_small_images_come_in_larger_batches(textures):
+    run_ = trainer(textures, batch=2, height=64, width=96, easy_height=32, easy_width=32)
+    (easy, easy_portrait), (full, full_portrait, panorama) = run_.steps()
+    assert (full.batch, easy.batch) == (2, 12)
+    assert full_portrait.size == (96, 64)
+    assert panorama.size == (48, 144)
+    run_.chooser = torch.Generator().manual_seed(0)
+    assert run_._choose([[easy, easy_portrait], [full, full_portrait]], 0.34) in (easy, easy_portrait)
+    assert run_._choose([[easy, easy_portrait], [full, full_portrait]], 0.36) in (full, full_portrait)
+
+
+def test_a_run_ends_by_the_clock_and_saves_by_it(textures):
+    run_ = trainer(textures, minutes=1 / 60, save_minutes=0.0)
+    saves, _ = run(run_)
+    assert 1 / 60 <= run_.minutes_before < 2 / 60
+    assert saves[-1] == run_.optimizer.step_count > 0
+    assert saves[:-1] == list(range(1, saves[-1] + 1))
+    run(run_)
+    assert run_.optimizer.step_count == saves[-1]  # its time is over
+
+
+def test_a_resumed_run_counts_on_and_sees_new_worlds(textures, tmp_path):
+    first = trainer(textures, max_steps=3, easy_share=0.0)
+    run(first)
+    torch.save(first.state(), tmp_path / "state.pt")
+    second = trainer(textures, max_steps=5, easy_share=0.0)
+    second.load_state(load_state_file(tmp_path / "state.pt"))
+    assert torch.equal(second.optimizer.parameters, first.optimizer.parameters)
+    assert torch.equal(second.optimizer.average, first.optimizer.average)
+    assert (second.pairs_seen, second.minutes_before) == (6, first.minutes_before)
+    assert not torch.equal(second.dice.uniform(4), Dice("cpu", 0).uniform(4))
+    run(second)
+    assert (second.optimizer.step_count, second.pairs_seen) == (5, 10)
+    assert second.minutes_before > first.minutes_before
+
+
+def test_the_average_is_what_is_saved(textures):
+    run_ = trainer(textures, max_steps=3)
+    run(run_)
+    weights = run_.weights()
+    model = dict(run_.model.named_parameters())
+    assert set(weights) == set(model)
+    assert not torch.equal(weights["enc_blocks.0.mlp.fc1.weight"], model["enc_blocks.0.mlp.fc1.weight"])
+    Dust3r(TINY).load_state_dict(weights, strict=False)
+
+
+def test_the_same_seed_trains_the_same_network(textures):
+    runs = [trainer(textures, max_steps=2, easy_share=0.0, seed=seed) for seed in (0, 0, 1)]
+    for run_ in runs:
+        run(run_)
+    first, again, other = (run_.optimizer.parameters for run_ in runs)
+    assert torch.allclose(first, again, atol=1e-6)  # the clock enters the learning rate
+    assert not torch.allclose(first, other, atol=1e-5)
+
+
+def test_the_learning_rate_rises_by_steps_and_falls_by_time():
+    config = LoopConfig(learning_rate=2.0, warmup_steps=10, final_share=0.1)
+    assert learning_rate(config, 0, 0.0) == pytest.approx(0.2)
+    assert learning_rate(config, 4, 0.0) == pytest.approx(1.0)
+    assert learning_rate(config, 9, 0.0) == learning_rate(config, 500, 0.0) == pytest.approx(2.0)
+    assert learning_rate(config, 500, 0.5) == pytest.approx(2.0 * 0.55)
+    assert learning_rate(config, 500, 1.0) == learning_rate(config, 500, 1.7) == pytest.approx(0.2)
+    falling = [learning_rate(config, 500, k / 20) for k in range(21)]
+    assert falling == sorted(falling, reverse=True)
+
+
+PROCESS = """
+    import os, sys
+    from functools import partial
+    import torch
+    from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig
+    from dust3r_sfm.training import render, synthetic
+    from dust3r_sfm.training.loop import LoopConfig, Trainer
+    from dust3r_sfm.training.textures import generated_textures, with_mipmaps
+
+    kernel = render.load_kernel("cpu")
+    if kernel is not None:
+        render.render = partial(render.render_fused, kernel)
+        synthetic._render_depth = lambda p, l, c, h, w, t: render.render_fused(kernel, p, l, c, t, h, w, 1, False)[1]
+    rank, folder = int(sys.argv[1]), sys.argv[2]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    config = Dust3rConfig(image_size=64, enc_embed_dim=32, enc_depth=1, enc_num_heads=2, dec_embed_dim=32, dec_depth=1,
+                          dec_num_heads=2)
+    loop = LoopConfig(batch=1, height=32, width=48, easy_height=32, easy_width=32, samples=1, warmup_steps=1,
+                      max_steps=4, log_steps=2)
+    trainer = Trainer(Dust3r(config), with_mipmaps(generated_textures(2)), loop, rank, 2)
+    start = trainer.optimizer.parameters.clone()
+    saves, lines = [], []
+    trainer.train(lambda t: saves.append(1), lines.append)
+    result = {"start": start, "end": trainer.optimizer.parameters, "average": trainer.optimizer.average}
+    result |= {"saves": torch.tensor(len(saves)), "lines": torch.tensor(len(lines))}
+    result |= {"pairs": torch.tensor(trainer.pairs_seen), "dice": trainer.dice.uniform(8)}
+    torch.save(result, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_stay_one_network(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(PROCESS)]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, env=environment)
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr.decode()
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for key in ("start", "end", "average"):
+        assert torch.equal(first[key], second[key]), key
+    assert not torch.equal(first["start"], first["end"])
+    assert not torch.equal(first["dice"], second["dice"])  # each renders worlds of its own
+    assert first["pairs"] == second["pairs"] == 8
+    assert (first["saves"], second["saves"], first["lines"], second["lines"]) == (1, 0, 2, 0)

@@ -1,0 +1,158 @@
+"""Laws that every random world keeps, so that the renderer's short cuts hold and cameras have something to see."""
+
+import math
+
+import pytest
+import torch
+
+from dust3r_sfm.training import render as r
+from dust3r_sfm.training.viewpoints import cameras_from, look_at, sample_cameras
+from dust3r_sfm.training.world import (
+    CHAOS,
+    COURT,
+    GROUPS,
+    INSIDE,
+    OUTSIDE,
+    TABLE,
+    Dice,
+    rotation_from_rotvec,
+    sample_world,
+)
+
+TEXTURES = 50
+
+
+@pytest.fixture(scope="module")
+def world():
+    return sample_world(Dice("cpu", 21), 64, TEXTURES)
+
+
+@pytest.fixture(scope="module")
+def rows(world):
+    """All primitives that are there."""
+    flat = world.primitives.flatten(0, 1)
+    return flat[flat[:, r.TYPE] != r.NONE]
+
+
+def test_worlds_are_of_all_kinds_and_have_something_in_them(world):
+    assert set(world.kind.tolist()) == {INSIDE, OUTSIDE, TABLE, CHAOS, COURT}
+    there = world.primitives[..., r.TYPE] != r.NONE
+    assert there.sum(1).min() > 12
+    assert world.primitives.shape[1] <= r.MAX_PRIMITIVES
+    assert set(world.primitives[..., r.TYPE].unique().tolist()) == {r.NONE, 1, 2, 3, 4, 5}
+    assert world.primitives.isfinite().all()
+    assert world.lights.isfinite().all()
+
+
+def test_extents_are_the_shapes_half_sizes(rows):
+    linear = rows[:, r.OBJECT_FROM_WORLD].view(-1, 3, 4)[..., :3].double()
+    assert torch.allclose(1 / linear.norm(dim=-1), rows[:, r.EXTENT].double(), rtol=1e-3)
+    turn = linear * rows[:, r.EXTENT].double()[..., None]
+    assert torch.allclose(turn @ turn.mT, torch.eye(3).double().expand(len(rows), 3, 3), atol=1e-3)
+
+
+def test_bounding_spheres_hold_the_shapes(rows):
+    """Points of the surface of each shape, in the world, are in its sphere."""
+    g = torch.Generator().manual_seed(0)
+    in_object = 2 * torch.rand((len(rows), 200, 3), generator=g) - 1
+    in_object[:, :8] = torch.tensor([[x, y, z] for x in (-1.0, 1) for y in (-1.0, 1) for z in (-1.0, 1)])
+    kind = rows[:, r.TYPE, None, None]
+    in_object = torch.where(kind == r.ELLIPSOID, torch.nn.functional.normalize(in_object, dim=-1), in_object)
+    rim = torch.cat([torch.nn.functional.normalize(in_object[..., :2], dim=-1), in_object[..., 2:].sign()], -1)
+    in_object = torch.where(kind == r.CYLINDER, rim, in_object)
+    m = rows[:, r.OBJECT_FROM_WORLD].view(-1, 3, 4).double()
+    in_world = torch.linalg.solve(m[..., :3], (in_object.double() - m[:, None, :, 3]).mT).mT
+    away = (in_world - rows[:, None, 32:35]).norm(dim=-1).amax(1)
+    assert (away <= rows[:, 35] * 1.001).all()
+
+
+def test_materials_are_within_their_ranges(rows):
+    for index in (r.TEXTURE0, r.TEXTURE1):
+        assert torch.equal(rows[:, index], rows[:, index].floor())
+        assert rows[:, index].min() >= 0
+        assert rows[:, index].max() < TEXTURES
+    assert (rows[:, [r.DENSITY0, r.DENSITY1]] > 0).all()
+    for index in (r.CONTRAST, r.DETAIL, r.GLOSS, 27, 28, 29):
+        assert rows[:, index].min() >= 0
+        assert rows[:, index].max() <= 1
+    assert (rows[:, r.TAPER] <= 0.98).all()
+
+
+def test_suns_are_directions_and_lamps_hang_in_the_room(world):
+    for start in (0, 8):
+        lamp = world.lights[:, start : start + 8]
+        is_point = lamp[:, 3] > 0.5
+        assert torch.allclose(lamp[~is_point, :3].norm(dim=-1), torch.tensor(1.0))
+        assert (lamp[~is_point, 2] > 0).all()
+        assert (lamp[is_point, :3].abs() <= world.room[is_point]).all()
+        assert (world.kind[is_point] != OUTSIDE).all()
+    assert (world.lights[:, 4:7] > 0).float().mean() > 0.95
+
+
+def test_subjects_stand_in_their_disc(world):
+    inner = world.subjects[:, :GROUPS, :2].norm(dim=-1) / world.radius[:, None]
+    assert (inner < 1.01).float().mean() > 0.8  # rows of things may be longer
+    assert (world.subjects[..., :2].abs() <= world.room[:, None, :2] * 1.01).all()
+
+
+def test_cameras_stand_in_the_room_above_the_ground(world):
+    def depth(primitives, lights, cameras, height, width):  # every view is as good as the other
+        return torch.ones((*cameras.shape[:2], height, width))
+
+    rows = sample_cameras(Dice("cpu", 3), world, depth, 24, 32)
+    place = rows[..., [3, 7, 11]]
+    assert rows.shape == (64, 2, r.CAMERA_SIZE)
+    assert (place[..., :2].abs() <= 0.9 * world.room[:, None, :2] + 1e-4).all()
+    assert (place[..., 2] >= 0.02 - 1e-6).all()
+    assert (place[..., 2] <= 0.93 * world.room[:, None, 2] + 1e-4).all()
+    assert (place[:, 0] - place[:, 1]).norm(dim=-1).median() > 0.01
+
+
+def test_the_same_dice_throw_the_same_world():
+    first, again, other = (sample_world(Dice("cpu", seed), 3, 8).primitives for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_camera_looks_at_its_target_with_its_x_level():
+    g = torch.Generator().manual_seed(0)
+    center, target = torch.randn((2, 20, 3), generator=g)
+    pose = look_at(center, target, torch.zeros(20))
+    x, y, z = pose[..., :3].unbind(-1)
+    assert torch.equal(pose[..., 3], center)
+    assert torch.allclose(z, torch.nn.functional.normalize(target - center, dim=-1), atol=1e-5)
+    assert torch.allclose(torch.linalg.cross(x, y), z, atol=1e-5)
+    assert (x[:, 2].abs() < 5e-3).all()  # down is turned by a thousandth, for cameras that look straight down
+    assert (y[:, 2] < 0).all()
+    rolled = look_at(center, target, torch.full((20,), 0.3))
+    assert torch.allclose((rolled[..., 0] * x).sum(-1), torch.tensor(math.cos(0.3)), atol=1e-5)
+    assert torch.allclose((rolled[..., 0] * y).sum(-1), torch.tensor(math.sin(0.3)), atol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 40), (40, 30)])
+def test_the_field_of_view_spans_the_longer_side(height, width):
+    pose = torch.eye(4)[None, :3]
+    (row,) = cameras_from(pose, torch.tensor([1.2]), height, width)
+    assert float(row[12]) == float(row[13])
+    assert 2 * math.atan(20 / float(row[12])) == pytest.approx(1.2)
+    assert row[14:].tolist() == [width / 2, height / 2]
+    (shifted,) = cameras_from(pose, torch.tensor([1.2]), height, width, torch.tensor([[0.1, -0.2]]))
+    assert shifted[14:].tolist() == pytest.approx([0.6 * width, height / 2 - 0.2 * width])
+
+
+def test_rotation_vectors_turn_by_their_length_about_themselves():
+    v = torch.tensor([[0.0, 0, math.pi / 2], [0.3, -0.4, 0.5], [0, 0, 0]])
+    R = rotation_from_rotvec(v)
+    assert torch.allclose(R[0] @ torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 1, 0]), atol=1e-6)
+    assert torch.allclose((R @ v[..., None])[..., 0], v, atol=1e-6)
+    assert torch.allclose(R.diagonal(dim1=1, dim2=2).sum(-1), 1 + 2 * v.norm(dim=-1).cos(), atol=1e-5)
+    assert torch.allclose(R @ R.mT, torch.eye(3).expand(3, 3, 3), atol=1e-6)
+
+
+def test_ranged_dice_are_log_uniform_within_the_range_of_each_kind():
+    kind = torch.tensor([0, 1, 0, 1])
+    drawn = Dice("cpu", 0).ranged(((1.0, 4.0), (10.0, 1000.0)), kind, 4, 2000)
+    for k, (low, high) in zip(kind, [(1, 4), (10, 1000)] * 2, strict=True):
+        values = drawn[0 if k == 0 else 1]
+        assert low <= values.min() < values.max() <= high
+        assert float(values.log().mean()) == pytest.approx(math.log(low * high) / 2, abs=0.1)
