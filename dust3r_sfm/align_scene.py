@@ -1,0 +1,99 @@
+"""Stage: global alignment; pairwise pointmaps become scenes of cameras and depths."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from dust3r_sfm.alignment.align import AlignConfig, iterate_components
+from dust3r_sfm.errors import InputError
+from dust3r_sfm.formats.known_cameras import read_known_cameras
+from dust3r_sfm.formats.pairs import read_pairs
+from dust3r_sfm.formats.pointmaps import PointmapFile
+from dust3r_sfm.formats.scenes import write_scenes
+from dust3r_sfm.pairs import Predictions, SomePredictions
+from dust3r_sfm.scene import Scene
+from dust3r_sfm.views import SQUARE_CROP_SIZE, View, load_views, with_known_cameras
+
+logger = logging.getLogger(__name__)
+
+
+def main(
+    image_dir: Path,
+    pointmaps: Path,
+    output: Path,
+    pairs: Path | None = None,
+    cameras: Path | None = None,
+    config: AlignConfig = AlignConfig(),  # noqa: B008  frozen
+) -> list[Scene]:
+    """Put the pointmaps of all pairs into one frame for each connected group of images.
+
+    Args:
+        image_dir: The folder of photos that the pointmaps were made of.
+        pointmaps: What infer_pairs wrote, such as pointmaps.h5.
+        output: The file to write, such as scene.h5.
+        pairs: Pairs file of the directed pairs to use, as filter_pairs writes it; all where not given.
+        cameras: A cameras.json or a COLMAP model whose intrinsics and poses are kept, of any of the photos.
+        config: How the alignment is sought.
+    """
+    with PointmapFile(pointmaps) as predictions:
+        used = _chosen(predictions, pairs)
+        views = _load_views(image_dir, used)
+        if cameras is not None:
+            views = with_known_cameras(views, read_known_cameras(cameras, [view.name for view in views]))
+        scenes = []
+        with tqdm(total=len(views), desc="Align", unit="image", disable=None) as bar:
+            for scene in iterate_components(views, used, config):
+                scenes.append(scene)
+                bar.update(len(scene.names))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_scenes(output, scenes)
+    num_aligned = sum(len(scene.names) for scene in scenes)
+    logger.info("Aligned %d of %d images in %d scenes: %s.", num_aligned, len(views), len(scenes), output)
+    return scenes
+
+
+def _chosen(predictions: Predictions, pairs: Path | None) -> Predictions:
+    """The predictions of the listed pairs; InputError where one was never predicted."""
+    if len(predictions) == 0:
+        raise InputError("the pointmap file holds no pairs: run infer_pairs on two photos or more")
+    if pairs is None:
+        return predictions
+    listed = read_pairs(pairs, {name for pair in predictions for name in pair})
+    missing = [pair for pair in listed if pair not in predictions]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(listed)} pairs in {pairs} have no pointmaps, first {' '.join(missing[0])}: "
+            "run infer_pairs on them"
+        )
+    return SomePredictions(predictions, listed)
+
+
+def _load_views(image_dir: Path, predictions: Predictions) -> list[View]:
+    """The views of all images of pairs, at the size that the pointmaps were made at."""
+    names = sorted({name for pair in predictions for name in pair})
+    shapes = {tuple(c.shape) for c in _confidences(predictions, names)}
+    size = max(max(shape) for shape in shapes)
+    is_square = size != SQUARE_CROP_SIZE and (size, size) in shapes
+    return load_views(image_dir, size, names, square_ok=is_square)
+
+
+def _confidences(predictions: Predictions, names: Sequence[str]) -> Iterator[Tensor]:
+    """One confidence map of each image; only as many pairs are read as needed."""
+    left = set(names)
+    for pair in predictions:
+        if left & set(pair):
+            prediction = predictions[pair]
+            yield from (prediction.confidence0, prediction.confidence1)
+            left -= set(pair)
+
+
+if __name__ == "__main__":
+    from dust3r_sfm.__main__ import main as run
+
+    sys.exit(run(["align-scene", *sys.argv[1:]]))

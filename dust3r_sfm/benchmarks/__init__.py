@@ -1,0 +1,20 @@
+"""What the package does in how much time: `dust3r-sfm benchmark NAME`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+BENCHMARKS = {
+    "retrieval": "Nearest neighbours among random descriptors: exact, and by the compressed index.",
+    "training": "Where a training step's time goes on a CUDA device.",
+}
+
+
+def pick(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The benchmark that the first argument names, and the other arguments; SystemExit with the names."""
+    if arguments and arguments[0] in BENCHMARKS:
+        return arguments[0], list(arguments[1:])
+    width = max(map(len, BENCHMARKS))
+    lines = [f"  {name:{width}}  {text}" for name, text in BENCHMARKS.items()]
+    print("\n".join(["usage: dust3r-sfm benchmark NAME [--help] [options]", "", *lines]))
+    raise SystemExit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)

@@ -1,0 +1,81 @@
+"""COLMAP's pipelines in a process of their own: some of their errors end the process, and their logs are not ours.
+
+Each task takes paths and options as JSON: `python -m dust3r_sfm.colmap_worker map '{"database": ...}'`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+MAX_IMAGE_SIDE = 1600
+"""Longer photos are halved in size and so on until they are shorter, for features alone."""
+
+
+def run_task(task: str, timeout_s: float | None = None, **arguments: Any) -> bool:
+    """Run one of the tasks below; False where its process failed, ended itself or took too long, which is logged."""
+    command = [sys.executable, "-m", "dust3r_sfm.colmap_worker", task, json.dumps(arguments, default=str)]
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=timeout_s, env=environment, check=False)
+    except subprocess.TimeoutExpired:
+        logger.warning("COLMAP's %s took more than %.0f s and was stopped.", task, timeout_s)
+        return False
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        logger.warning("COLMAP's %s failed (%d): %s", task, done.returncode, lines[-1] if lines else "no reason given")
+    return done.returncode == 0
+
+
+def sift(database: str, image_dir: str, names: list[str], pairs: str | None) -> None:
+    """Extract SIFT features, match the pairs of a file (all where None) and verify them by their epipolar geometry."""
+    import pycolmap
+
+    pycolmap.set_random_seed(0)
+    device = pycolmap.Device.cpu
+    pycolmap.extract_features(
+        *(database, image_dir, names), extraction_options={"max_image_size": MAX_IMAGE_SIDE}, device=device
+    )
+    verification: Any = {"ransac": {"random_seed": 0}}
+    if pairs is None:
+        pycolmap.match_exhaustive(database, verification_options=verification, device=device)
+    else:
+        pycolmap.match_image_pairs(
+            database, pairing_options={"match_list_path": pairs}, verification_options=verification, device=device
+        )
+
+
+def map_images(database: str, output: str, constant_cameras: list[int], options: dict[str, Any]) -> None:
+    """Incremental mapping with the intrinsics of some cameras held; models go to `output/0`, `output/1`, ..."""
+    import pycolmap
+
+    pycolmap.set_random_seed(0)
+    options = {"random_seed": 0, "extract_colors": False, "constant_cameras": set(constant_cameras)} | options
+    pycolmap.incremental_mapping(database, Path(database).parent, output, options)
+
+
+def triangulate(database: str, model: str, output: str, options: dict[str, Any]) -> None:
+    """Points of all verified matches under the poses of a model, which stay."""
+    import pycolmap
+
+    pycolmap.set_random_seed(0)
+    options = {"random_seed": 0, "extract_colors": False} | options
+    reconstruction = pycolmap.Reconstruction(model)
+    pycolmap.triangulate_points(reconstruction, database, Path(database).parent, output, options=options)
+
+
+TASKS = {"sift": sift, "map_images": map_images, "triangulate": triangulate}
+
+
+if __name__ == "__main__":
+    import pycolmap
+
+    pycolmap.logging.logtostderr = True  # else it leaves files in the temporary folder
+    TASKS[sys.argv[1]](**json.loads(sys.argv[2]))

@@ -1,0 +1,275 @@
+"""Stage: how well the network predicts single pairs, on fixed pairs of real photos with reference cameras.
+
+    python -m dust3r_sfm.evaluate_pairs --scenes_dir scenes --model weights.safetensors --json figures.json
+
+Pose: RANSAC-PnP of image 1's pixels against its pointmap in camera 0's frame, with the reference K
+(pixels freed of lens distortion), and beside it with camera 1's own focal: the one that the pointmap
+of image 1 gives where the pair is predicted the other way round, principal point in the centre.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from json import dumps
+from pathlib import Path
+from typing import NamedTuple
+
+import pycolmap
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dust3r_sfm.errors import InputError
+from dust3r_sfm.files import write_bytes
+from dust3r_sfm.formats.dev_pairs import DevPairs, DevView, load_dev_pairs
+from dust3r_sfm.geometry.camera import K_from_focal
+from dust3r_sfm.geometry.colmap_types import colmap_camera, transform_from_rigid3d
+from dust3r_sfm.geometry.focal import focal_from_pointmap
+from dust3r_sfm.geometry.metrics import (
+    focal_error,
+    relative_depth_errors,
+    relative_rotation_error_deg,
+    relative_translation_error_deg,
+)
+from dust3r_sfm.geometry.transforms import inverse
+from dust3r_sfm.infer_pairs import computes_in_bfloat16, pick_device
+from dust3r_sfm.models.dust3r import Dust3r, Tokens
+from dust3r_sfm.pair_report import PairErrors, PairReport, make_report
+from dust3r_sfm.pairs import PairPrediction
+
+logger = logging.getLogger(__name__)
+
+MAX_POINTS = 2000  # of image 1 in RANSAC, from the more confident half of its pixels
+MAX_ERROR_PX = 5.0
+MAX_NUM_TRIALS = 2000  # finds a pose that a seventh of the points agree with in 997 of 1000 cases
+
+IndexPair = tuple[int, int]
+
+
+class _Measured(NamedTuple):
+    """Of one directed pair, what is kept of its prediction; on the CPU."""
+
+    focal: float
+    confidence: Float[Tensor, 2]
+    depth: Float[Tensor, 3]
+    points1_in_cam0: Float[Tensor, "m 3"]
+    pixels1: Tensor
+    """Indices of the points' pixels in the flattened image 1."""
+
+
+def main(scenes_dir: Path, model: str | None = None, json: Path | None = None) -> PairReport:
+    """Measure what a network predicts for single pairs of photos, on fixed pairs with reference cameras.
+
+    Args:
+        scenes_dir: Folder of scenes, each with images and a cameras.json, and pairs_within_60deg.json.
+        model: Checkpoint file, folder or hub name; the shipped weights where not given.
+        json: File to write the figures to.
+    """
+    network = Dust3r.from_pretrained(model)
+    dev_pairs = load_dev_pairs(scenes_dir, network.config.image_size, square_ok=network.config.square_ok)
+    report = evaluate_pairs(network, dev_pairs, pick_device())
+    print(report.table())
+    if json is not None:
+        write_bytes(json, dumps(report.to_dict(), indent=1).encode())
+    logger.info("%d pairs in %.0f s.", report.total.num_pairs, report.seconds["total"])
+    return report
+
+
+def evaluate_pairs(
+    model: Dust3r, dev_pairs: DevPairs, device: torch.device | str, batch_size: int = 16, num_threads: int | None = None
+) -> PairReport:
+    """Figures of a model on fixed pairs: the same model and pairs give the same figures.
+
+    The model is moved to the device and, where it was training, set back to it. Each image is encoded
+    once; pairs are decoded in batches of equal sizes, in bfloat16 where the device computes in it.
+    """
+    if not dev_pairs.pairs:
+        raise InputError("there are no pairs to evaluate")
+    start = time.perf_counter()
+    was_training = model.training
+    runner = _Runner(model.to(device).eval(), dev_pairs.views, torch.device(device), batch_size)
+    try:
+        with torch.no_grad():  # not inference_mode: training could not use what the model keeps of it
+            measured = runner.measure(list(dict.fromkeys(_both_ways(dev_pairs.pairs))))
+            across = torch.cat([torch.empty(0, 2), *runner.confidences(dev_pairs.pairs_across)])
+    finally:
+        model.train(was_training)
+    predicted = time.perf_counter()
+    poses, poses_own_focal = _poses(dev_pairs, measured, num_threads or min(os.cpu_count() or 1, 16))
+    errors = _errors(dev_pairs, measured, across, poses, poses_own_focal)
+    end = time.perf_counter()
+    return make_report(errors, {"network": predicted - start, "poses": end - predicted, "total": end - start})
+
+
+class _Runner:
+    """The model on its device, with all images encoded."""
+
+    def __init__(self, model: Dust3r, views: Sequence[DevView], device: torch.device, batch_size: int) -> None:
+        self.model, self.views, self.device, self.batch_size = model, views, device, batch_size
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bfloat16(device))
+        self.tokens: dict[int, Tokens] = {}
+
+    def measure(self, pairs: Sequence[IndexPair]) -> dict[IndexPair, _Measured]:
+        found = {}
+        for batch, prediction in self._predict(pairs):
+            found.update(zip(batch, _measure(prediction, [self.views[i] for i, _ in batch]), strict=True))
+        return found
+
+    def confidences(self, pairs: Sequence[IndexPair]) -> Iterator[Float[Tensor, "b 2"]]:
+        for _, prediction in self._predict(pairs):
+            yield _median_confidences(prediction).cpu()
+
+    def _predict(self, pairs: Sequence[IndexPair]) -> Iterator[tuple[list[IndexPair], PairPrediction]]:
+        self._encode(sorted({i for pair in pairs for i in pair} - set(self.tokens)))
+        for batch in self._batches(pairs, [tuple(self.views[i].view.size for i in pair) for pair in pairs]):
+            with self.autocast:
+                prediction = self.model.decode(*(self._stack([pair[side] for pair in batch]) for side in (0, 1)))
+            fields = ("pointmap0_in_cam0", "confidence0", "pointmap1_in_cam0", "confidence1")
+            yield batch, PairPrediction(*(getattr(prediction, field).float() for field in fields))
+
+    def _encode(self, indices: Sequence[int]) -> None:
+        for batch in self._batches(indices, [self.views[i].view.size for i in indices]):
+            images = torch.stack([self.views[i].view.normalized() for i in batch]).to(self.device)
+            with self.autocast:
+                tokens = self.model.encode(images)
+            self.tokens.update(
+                (i, Tokens(f, tokens.grid)) for i, f in zip(batch, tokens.features.split(1), strict=True)
+            )
+
+    def _stack(self, indices: Sequence[int]) -> Tokens:
+        return Tokens(torch.cat([self.tokens[i].features for i in indices]), self.tokens[indices[0]].grid)
+
+    def _batches(self, items: Sequence, sizes: Sequence) -> Iterator[list]:
+        groups = defaultdict(list)
+        for item, size in zip(items, sizes, strict=True):
+            groups[size].append(item)
+        for group in groups.values():
+            yield from (group[k : k + self.batch_size] for k in range(0, len(group), self.batch_size))
+
+
+def _both_ways(pairs: Sequence[IndexPair]) -> list[IndexPair]:
+    return [*pairs, *((j, i) for i, j in pairs)]
+
+
+def _median_confidences(prediction: PairPrediction) -> Float[Tensor, "b 2"]:
+    medians = [c.flatten(1).median(dim=1).values for c in (prediction.confidence0, prediction.confidence1)]
+    return torch.stack(medians, dim=-1)
+
+
+def _measure(prediction: PairPrediction, views0: Sequence[DevView]) -> Iterator[_Measured]:
+    pointmap0, confidence0 = prediction.pointmap0_in_cam0, prediction.confidence0
+    height, width = confidence0.shape[1:]
+    center = torch.tensor([width / 2, height / 2], device=pointmap0.device)
+    focals = focal_from_pointmap(pointmap0, confidence0, center).tolist()
+    medians = _median_confidences(prediction).cpu()
+    # every so many of the more confident half, by rank
+    ranked = prediction.confidence1.flatten(1).argsort(dim=1, descending=True, stable=True)
+    half = max(ranked.shape[1] // 2, 1)
+    pixels1 = ranked[:, torch.linspace(0, half - 1, min(MAX_POINTS, half), device=ranked.device).long()]
+    points1 = torch.take_along_dim(prediction.pointmap1_in_cam0.flatten(1, 2), pixels1[..., None], dim=1)
+    pixels1, points1 = pixels1.cpu(), points1.cpu()
+    for k, view in enumerate(views0):
+        depth = _depth_errors(pointmap0[k, ..., 2], confidence0[k], view)
+        yield _Measured(focals[k], medians[k], depth, points1[k], pixels1[k])
+
+
+def _depth_errors(depth: Float[Tensor, "h w"], confidence: Float[Tensor, "h w"], view: DevView) -> Float[Tensor, 3]:
+    """Median relative errors of all pixels with a reference, of their more confident half, and of the rest."""
+    if view.depth is None or not (view.depth > 0).any():
+        return torch.full((3,), torch.nan)
+    known = view.depth > 0
+    errors = relative_depth_errors(depth.cpu()[known], view.depth[known])
+    errors = errors[confidence.cpu()[known].argsort(descending=True, stable=True)]
+    half = (len(errors) + 1) // 2
+    return torch.stack(
+        [part.median() if len(part) else errors.median() for part in (errors, errors[:half], errors[half:])]
+    )
+
+
+def _poses(
+    dev_pairs: DevPairs, measured: dict[IndexPair, _Measured], num_threads: int
+) -> tuple[Float[Tensor, "p 4 4"], Float[Tensor, "p 4 4"]]:
+    """cam1_from_cam0 of every pair with the reference K and with camera 1's own focal; NaN where there is none."""
+
+    def estimate(pair: IndexPair) -> tuple[Tensor, Tensor]:
+        i, j = pair
+        view1, found = dev_pairs.views[j], measured[pair]
+        keypoints = view1.keypoints.flatten(0, 1)[found.pixels1]
+        height, width = view1.view.size
+        x, y = found.pixels1 % width + 0.5, found.pixels1 // width + 0.5
+        own_K = K_from_focal(torch.tensor(measured[j, i].focal), torch.tensor([width / 2, height / 2]))
+        return (
+            _resect(found.points1_in_cam0, keypoints, view1.K),
+            _resect(found.points1_in_cam0, torch.stack([x, y], dim=-1), own_K),
+        )
+
+    with ThreadPoolExecutor(num_threads) as pool:  # pycolmap's estimators leave the lock of Python to the others
+        reference_K, own_focal = zip(*pool.map(estimate, dev_pairs.pairs), strict=True)
+    return torch.stack(reference_K), torch.stack(own_focal)
+
+
+def _resect(
+    points: Float[Tensor, "m 3"], keypoints: Float[Tensor, "m 2"], K: Float[Tensor, "3 3"]
+) -> Float[Tensor, "4 4"]:
+    """The pose by RANSAC-PnP with a bounded number of trials, so that a hopeless pair costs little; NaN without one."""
+    nothing = torch.full((4, 4), torch.nan, dtype=torch.float64)
+    finite = points.isfinite().all(dim=-1) & keypoints.isfinite().all(dim=-1)
+    if finite.sum() < 4 or not K.isfinite().all() or K[0, 0] <= 0:
+        return nothing
+    ransac = {"max_error": MAX_ERROR_PX, "random_seed": 0, "min_num_trials": 100, "max_num_trials": MAX_NUM_TRIALS}
+    found = pycolmap.estimate_and_refine_absolute_pose(
+        keypoints[finite].double().numpy(),
+        points[finite].double().numpy(),
+        colmap_camera(K),
+        estimation_options={"ransac": ransac},
+    )
+    return nothing if found is None else transform_from_rigid3d(found["cam_from_world"])
+
+
+def _errors(
+    dev_pairs: DevPairs,
+    measured: dict[IndexPair, _Measured],
+    across: Float[Tensor, "q 2"],
+    poses: Float[Tensor, "p 4 4"],
+    poses_own_focal: Float[Tensor, "p 4 4"],
+) -> PairErrors:
+    views, pairs = dev_pairs.views, dev_pairs.pairs
+    of_pairs = [measured[pair] for pair in pairs]
+    reference = torch.stack([views[j].cam_from_world @ inverse(views[i].cam_from_world) for i, j in pairs]).double()
+    focals = torch.tensor([found.focal for found in of_pairs])
+    reference_focals = torch.stack([views[i].K.diagonal()[:2].mean() for i, _ in pairs])
+    return PairErrors(
+        scenes=tuple(views[i].scene for i, _ in pairs),
+        rotation_deg=relative_rotation_error_deg(poses, reference),
+        translation_deg=relative_translation_error_deg(poses, reference),
+        rotation_own_focal_deg=relative_rotation_error_deg(poses_own_focal, reference),
+        translation_own_focal_deg=relative_translation_error_deg(poses_own_focal, reference),
+        focal=focal_error(focals, reference_focals),
+        confidence=torch.stack([found.confidence for found in of_pairs]),
+        depth=torch.stack([found.depth for found in of_pairs]),
+        confidence_across=across,
+    )
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--scenes_dir", type=Path, required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":  # argparse, as machines that only train have no tyro
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    try:
+        main(**vars(_parse(sys.argv[1:])))
+    except InputError as mistake:
+        print(f"evaluate_pairs: {mistake}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,236 @@
+"""Stage: all stages in turn, from a folder of photos to COLMAP models. Interrupted, the same command continues."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tqdm import tqdm
+
+from dust3r_sfm.alignment.align import AlignConfig, iterate_components
+from dust3r_sfm.alignment.refine import RefineConfig
+from dust3r_sfm.alignment.tracks import TrackConfig, build_tracks
+from dust3r_sfm.errors import InputError
+from dust3r_sfm.export_scene import ExportConfig, check_formats, export_scenes
+from dust3r_sfm.files import LOCK_NAME, holding, write_bytes
+from dust3r_sfm.filter_pairs import FilterConfig, decide_pairs, keep_pairs
+from dust3r_sfm.formats.colmap import check_text_names
+from dust3r_sfm.formats.known_cameras import read_known_cameras
+from dust3r_sfm.formats.masks import read_masks
+from dust3r_sfm.formats.matches import write_matches
+from dust3r_sfm.formats.pairs import read_pairs
+from dust3r_sfm.formats.pointmaps import hash_of
+from dust3r_sfm.formats.scenes import read_scenes, write_scenes
+from dust3r_sfm.graph import PairKind, make_pairs, symmetrize
+from dust3r_sfm.infer_pairs import InferConfig, infer_pairs, prediction_keys
+from dust3r_sfm.match_dense import MatchConfig, match_dense
+from dust3r_sfm.models.dust3r import Dust3r
+from dust3r_sfm.pairs import Matches, Pair, Predictions
+from dust3r_sfm.pairs_from_retrieval import pairs_from_retrieval
+from dust3r_sfm.refine_scene import refine_photos
+from dust3r_sfm.scene import Scene
+from dust3r_sfm.summary import Summary
+from dust3r_sfm.views import View, load_views, read_views, with_known_cameras
+
+logger = logging.getLogger(__name__)
+
+MAX_EXHAUSTIVE = 40
+"""Up to so many images every one is paired with every other, unless told otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """The stages' own configs."""
+
+    infer: InferConfig = InferConfig()
+    filter: FilterConfig = FilterConfig()
+    align: AlignConfig = AlignConfig()
+    match: MatchConfig = MatchConfig()
+    tracks: TrackConfig = TrackConfig()
+    bundle: RefineConfig = RefineConfig()
+    export: Annotated[ExportConfig, tyro.conf.arg(name="")] = ExportConfig()
+
+
+def main(
+    image_dir: Path,
+    output: Path,
+    model: str | None = None,
+    pairs: Literal["auto", "retrieval"] | PairKind = "auto",
+    window: int = 3,
+    num_matched: int = 20,
+    pairs_file: Path | None = None,
+    cameras: Path | None = None,
+    masks: Path | None = None,
+    on_bad_image: Literal["error", "skip"] = "error",
+    refine: Literal["ba", "none"] = "ba",
+    text: bool = False,
+    config: Annotated[ReconstructConfig, tyro.conf.arg(name="")] = ReconstructConfig(),
+) -> Summary:
+    """Make a COLMAP model of a folder of photos.
+
+    Args:
+        image_dir: Folder of photos, sub-folders included.
+        output: Folder for sparse/0, sparse/1, ..., database.db, points.ply, summary.json and the stages' files.
+        model: Checkpoint file, folder or hub name; the shipped weights where not given.
+        pairs: Which photos to compare: auto is exhaustive up to 40 photos, and those that look alike (retrieval) above.
+        window: Neighbours of a photo in sequential and logarithmic pairs.
+        num_matched: Partners of a photo in retrieval pairs.
+        pairs_file: Text file with two image names a line, as hloc writes it, in place of the pairs above.
+        cameras: Known intrinsics and poses of some or all photos: a cameras.json or the folder of a COLMAP model.
+        masks: Folder with <image name>.png for some or all photos, black where a photo may not be used.
+        on_bad_image: Stop at photos that cannot be used, or leave them out.
+        refine: ba adds SIFT matches of the stored photos and adjusts all cameras and points; none keeps the alignment.
+        text: Write the COLMAP models as text too.
+        config: Options of the stages.
+    """
+    _refuse_foreign_model(output)
+    summary = Summary()
+    with holding(output):
+        network, views = _load(image_dir, model, cameras, on_bad_image, summary)
+        if masks is not None:
+            views = read_masks(masks, views)
+        if text:
+            check_text_names(summary.names)
+        check_formats(config.export, summary.names)
+        directed = _choose_pairs(network, views, pairs, window, num_matched, pairs_file)
+        try:
+            scenes, matches = _align_and_match(network, views, directed, output, config, summary)
+            if refine == "ba":
+                scenes = _refine(image_dir, views, scenes, matches, directed, output, config, summary)
+            _export(scenes, views, output, text, summary, config.export, image_dir, matches)
+        finally:
+            summary.write(output / "summary.json")
+    logger.info("%s %s", summary.closing_line(), output / "sparse")
+    return summary
+
+
+def _align_and_match(
+    network: Dust3r,
+    views: Sequence[View],
+    pairs: Sequence[Pair],
+    output: Path,
+    config: ReconstructConfig,
+    summary: Summary,
+) -> tuple[list[Scene], dict[Pair, Matches]]:
+    """Aligned scenes with tracks of the dense matches."""
+    with summary.timed("infer_pairs"):
+        predictions = infer_pairs(network, views, pairs, output / "pointmaps.h5", config.infer)
+    with summary.timed("filter_pairs"):
+        summary.decisions = decide_pairs(predictions, summary.names, config.filter)
+        kept = keep_pairs(predictions, summary.decisions)
+    with summary.timed("align_scene"):
+        scenes = _align(network, views, kept, output, config.align)
+    with summary.timed("match_dense"):
+        matches = match_dense(views, kept, config.match)
+    with summary.timed("tracks"):
+        return [build_tracks(scene, matches, views, config.tracks) for scene in scenes], matches
+
+
+def _refine(
+    image_dir: Path,
+    views: Sequence[View],
+    scenes: Sequence[Scene],
+    matches: Mapping[Pair, Matches],
+    pairs: Sequence[Pair],
+    output: Path,
+    config: ReconstructConfig,
+    summary: Summary,
+) -> list[Scene]:
+    with summary.timed("refine_scene"):
+        chosen = None if len(views) <= MAX_EXHAUSTIVE else pairs
+        refinement = refine_photos(image_dir, views, scenes, matches, chosen, output, config.bundle, config.tracks)
+    summary.refinement = refinement.figures
+    return refinement.scenes
+
+
+def _export(
+    scenes: Sequence[Scene],
+    views: Sequence[View],
+    output: Path,
+    text: bool,
+    summary: Summary,
+    config: ExportConfig,
+    image_dir: Path,
+    matches: Mapping[Pair, Matches],
+) -> None:
+    with summary.timed("export_scene"):
+        export_scenes(scenes, views, output, text, config, image_dir, matches)
+        write_scenes(output / "scene.h5", scenes)
+        write_matches(output / "matches.h5", matches)
+    summary.scenes = scenes
+
+
+def _load(
+    image_dir: Path, model: str | None, cameras: Path | None, on_bad_image: str, summary: Summary
+) -> tuple[Dust3r, list[View]]:
+    with summary.timed("load"):
+        network = Dust3r.from_pretrained(model)
+        size, square_ok = network.config.image_size, network.config.square_ok
+        if on_bad_image == "skip":
+            views, summary.rejected = read_views(image_dir, size, square_ok=square_ok)
+        else:
+            views = load_views(image_dir, size, square_ok=square_ok)
+        summary.model, summary.names = network, [view.name for view in views]
+        for name, reason in summary.rejected.items():
+            logger.warning("Left out: %s %s.", name, reason)
+        if len(views) < 2:
+            raise InputError(f"{image_dir} has {len(views)} usable images: at least two that overlap are needed")
+        return network, with_known_cameras(views, read_known_cameras(cameras, summary.names)) if cameras else views
+
+
+def _choose_pairs(
+    network: Dust3r, views: Sequence[View], kind: str, window: int, num_matched: int, pairs_file: Path | None
+) -> list[Pair]:
+    names = [view.name for view in views]
+    if pairs_file is not None:
+        return symmetrize(read_pairs(pairs_file, names))
+    if kind == "auto":
+        kind = "exhaustive" if len(names) <= MAX_EXHAUSTIVE else "retrieval"
+    if kind != "retrieval":
+        return make_pairs(names, kind, window)
+    # photos are mostly taken in the order of their names: the next one too
+    pairs = pairs_from_retrieval(views, num_matched, network, sequence_window=1)
+    logger.info("%d images: about %d that look alike are compared with each.", len(names), num_matched)
+    return pairs
+
+
+def _align(
+    network: Dust3r, views: Sequence[View], predictions: Predictions, output: Path, config: AlignConfig
+) -> list[Scene]:
+    """Aligned scenes; those of an earlier run where nothing that they depend on has changed."""
+    keys = prediction_keys(network, views, list(predictions)).values()
+    known = [(view.name, view.known_K, view.known_cam_from_world) for view in views]
+    masks = [b"" if view.mask is None else view.mask.cpu().numpy().tobytes() for view in views]
+    known = repr([[x if isinstance(x, str | None) else x.tolist() for x in k] for k in known])
+    key = hash_of(repr(config), known, *masks, *keys)
+    path, done = output / "aligned.h5", output / ".aligned.json"
+    if path.is_file() and done.is_file() and json.loads(done.read_text()) == key:
+        logger.info("The scene in %s is aligned already.", path)
+        return read_scenes(path)
+    done.unlink(missing_ok=True)  # before the scene changes: a kill in between must not leave an old key beside it
+    scenes = []
+    with tqdm(total=len(views), desc="Align", unit="image", disable=None) as bar:
+        for scene in iterate_components(views, predictions, config):
+            scenes.append(scene)
+            bar.update(len(scene.names))
+    write_scenes(path, scenes)
+    write_bytes(done, json.dumps(key).encode())
+    return read_scenes(path)  # as a second run has them, rounded
+
+
+def _refuse_foreign_model(output: Path) -> None:
+    """InputError where `sparse` exists and no run of ours was ever in the folder: it may be someone's only copy."""
+    if (output / "sparse").exists() and not (output / LOCK_NAME).exists():
+        raise InputError(f"{output / 'sparse'} exists and was not made here: choose another output folder")
+
+
+if __name__ == "__main__":
+    from dust3r_sfm.__main__ import main as run
+
+    sys.exit(run(["reconstruct", *sys.argv[1:]]))

@@ -1,0 +1,281 @@
+"""Stage: aligned scenes are refined to the accuracy of the stored photos, by SIFT matches and bundle adjustment.
+
+Two models are made of the same verified matches: one from the poses of the alignment, one by
+COLMAP's incremental mapping, which knows nothing of the network. The one that explains more is
+taken: first more images that see at least 30 points, then the higher sum over observations of
+1 - (error / max_error)^2. Images that only the alignment has are placed beside it by the
+alignment, relative to their nearest neighbour. Dense tracks fill the parts of photos that no
+keypoint covers. Where no image can be verified the alignment stays, adjusted on its dense tracks.
+
+    python -m dust3r_sfm.refine_scene --scene out/aligned.h5 --image_dir photos --matches out/matches.h5
+        --output out/scene.h5
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dust3r_sfm.alignment.attach import attached, in_frame_of
+from dust3r_sfm.alignment.refine import RefineConfig, Support, refine
+from dust3r_sfm.alignment.tracks import TrackConfig, build_tracks
+from dust3r_sfm.export_scene import load_scene_views
+from dust3r_sfm.files import write_bytes
+from dust3r_sfm.formats.colmap import colmap_from_scene
+from dust3r_sfm.formats.colmap_scenes import DepthMaps, scene_from_colmap
+from dust3r_sfm.formats.matches import read_matches
+from dust3r_sfm.formats.pointmaps import hash_of
+from dust3r_sfm.formats.scenes import read_scenes, write_scenes
+from dust3r_sfm.formats.sparse_database import SparseMatches
+from dust3r_sfm.mapping import Model, map_from_alignment, map_incrementally, select_tracks, stored_per_net
+from dust3r_sfm.pairs import Matches, Pair
+from dust3r_sfm.scene import Scene, Tracks
+from dust3r_sfm.sparse_features import extract_sift, guide, within_masks
+from dust3r_sfm.views import View
+
+logger = logging.getLogger(__name__)
+
+CELLS = 24
+"""Cells along the longer side of a photo: dense tracks are kept where the cells of their keypoints are else empty."""
+
+
+@dataclass(frozen=True, eq=False)
+class Refinement:
+    scenes: list[Scene]
+    """Refined, with tracks, largest first."""
+    figures: dict[str, Any]
+    """What was compared and chosen, for summary.json."""
+
+
+def main(
+    scene: Path,
+    image_dir: Path,
+    matches: Path,
+    output: Path,
+    config: RefineConfig = RefineConfig(),  # noqa: B008  frozen
+) -> None:
+    """Refine aligned scenes by SIFT matches of the stored photos and bundle adjustment.
+
+    Args:
+        scene: What align_scene wrote, such as scene.h5.
+        image_dir: The folder of photos it was made of.
+        matches: What match_dense wrote, such as matches.h5.
+        output: The file to write; SIFT features are kept beside it in features.db.
+        config: How the models are adjusted.
+    """
+    scenes = read_scenes(scene)
+    views = load_scene_views(scenes, image_dir)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    dense = read_matches(matches)
+    names = [view.name for view in views]
+    sparse = extract_sift(image_dir, names, None if len(names) <= 40 else dense, output.with_name("features.db"))
+    scenes = [build_tracks(one, dense, views) for one in scenes]
+    refinement = refine_scenes(views, scenes, dense, sparse, output.parent, config)
+    write_scenes(output, refinement.scenes)
+    logger.info("%s %s", closing_line(refinement), output)
+
+
+def refine_photos(
+    image_dir: Path,
+    views: Sequence[View],
+    scenes: Sequence[Scene],
+    matches: Mapping[Pair, Matches],
+    pairs: Sequence[Pair] | None,
+    output: Path,
+    config: RefineConfig = RefineConfig(),  # noqa: B008  frozen
+    tracks: TrackConfig = TrackConfig(),  # noqa: B008  frozen
+) -> Refinement:
+    """`refine_scenes` with SIFT matches of the stored photos (of all pairs where None); kept below `output`.
+
+    An earlier run's features.db and scene.h5 are taken as they are where nothing has changed.
+    """
+    photos = hash_of(*(part for v in views for part in (v.name, v.image.numpy().tobytes(), repr(v.original_size))))
+    photos = hash_of(photos, repr(pairs))
+    key = hash_of(photos, repr(config), repr(tracks), *map(_scene_key, scenes), *map(_known_key, views))
+    note, path = output / ".refined.json", output / "scene.h5"
+    earlier = json.loads(note.read_text()) if note.is_file() else {}
+    if earlier.get("key") == key and path.is_file():
+        logger.info("The scene in %s is refined already.", path)
+        return Refinement(read_scenes(path), earlier["figures"])
+    note.unlink(missing_ok=True)
+    if earlier.get("photos") != photos:
+        (output / "features.db").unlink(missing_ok=True)
+    sparse = extract_sift(image_dir, [view.name for view in views], pairs, output / "features.db")
+    write_bytes(note, json.dumps({"photos": photos}).encode())
+    refinement = refine_scenes(views, scenes, matches, sparse, output, config, tracks)
+    write_scenes(path, refinement.scenes)
+    write_bytes(note, json.dumps({"photos": photos, "key": key, "figures": refinement.figures}).encode())
+    logger.info("%s", closing_line(refinement))
+    return Refinement(read_scenes(path), refinement.figures)  # as a second run has them, rounded
+
+
+def refine_scenes(
+    views: Sequence[View],
+    scenes: Sequence[Scene],
+    matches: Mapping[Pair, Matches],
+    sparse: SparseMatches,
+    folder: Path,
+    config: RefineConfig = RefineConfig(),  # noqa: B008  frozen
+    tracks: TrackConfig = TrackConfig(),  # noqa: B008  frozen
+) -> Refinement:
+    """The scenes refined, by what explains more of the verified matches; `scenes` come with their dense tracks.
+
+    Works in a temporary folder below `folder`. Scenes that no match verifies are adjusted on their
+    dense tracks alone. Known poses are held, and then COLMAP's mapping is not asked.
+    """
+    sparse = within_masks(sparse, views)
+    depth_maps = {n: (d, c) for s in scenes for n, d, c in zip(s.names, s.depth, s.confidence, strict=True)}
+    figures: dict[str, Any] = {"verified_pairs": len(sparse.geometries), "candidates": []}
+    with tempfile.TemporaryDirectory(prefix=".refine", dir=folder) as work:
+        trusts = []
+        for scene in scenes:
+            sparse, trust = guide(sparse, scene, matches)
+            trusts.append(trust)
+        figures["guided_pairs"] = len(sparse.geometries)
+        mapped: list[Model] = []
+        if all(view.known_cam_from_world is None for view in views):
+            mapped = map_incrementally(views, sparse, Path(work), config)
+        rival = mapped[0].support if mapped else None
+        candidates = []
+        for index, scene in enumerate(tqdm(scenes, desc="Refine", unit="scene", disable=None)):
+            model, before = map_from_alignment(scene, views, sparse, Path(work), config, rival)
+            line = {"origin": "alignment", "scene": index, "before": _figures(before), "after": _figures(model.support)}
+            line["agreeing_pairs"] = f"{trusts[index].num_agreeing} of {trusts[index].num_pairs}"
+            figures["candidates"].append(line | {"guided": trusts[index].believed})
+            candidates.append(model)
+        figures["candidates"] += [{"origin": "mapping", "after": _figures(m.support)} for m in mapped]
+        candidates += mapped
+    chosen = choose(candidates)
+    refined = [_refined_scene(model, views, scenes, depth_maps, matches, tracks) for model in chosen]
+    covered = {name for scene in refined for name in scene.names}
+    refined += [_densely_refined(s, views, depth_maps, config) for s in scenes if not covered & set(s.names)]
+    refined.sort(key=lambda scene: len(scene.names), reverse=True)
+    figures["chosen"] = [{"origin": m.origin, "after": _figures(m.support)} for m in chosen]
+    return Refinement(refined, figures)
+
+
+def choose(candidates: Iterable[Model]) -> list[Model]:
+    """Models of different images, each the one that explains most of the images that are left.
+
+    An image belongs to the first model that has it; models that bring fewer than three new ones,
+    or mostly old ones, are passed over.
+    """
+    chosen: list[Model] = []
+    covered: set[str] = set()
+    left = [model for model in candidates if model.support.images >= 2]
+    while left:
+        best = left[0]
+        for model in left[1:]:  # the first of equals: the alignment's
+            if model.support.explains_more_than(best.support):
+                best = model
+        chosen.append(best if not best.names & covered else best.without(covered))
+        covered |= best.names
+        left = [m for m in left if len(m.names - covered) >= 3 and len(m.names - covered) > len(m.names) / 2]
+    return chosen
+
+
+def closing_line(refinement: Refinement) -> str:
+    figures = refinement.figures
+    origins = [f"{line['after']['verified_images']} images by {line['origin']}" for line in figures["chosen"]]
+    return f"Refined over {figures['guided_pairs']} verified pairs: {', '.join(origins) or 'nothing verified'}."
+
+
+def _refined_scene(
+    model: Model,
+    views: Sequence[View],
+    scenes: Sequence[Scene],
+    depth_maps: DepthMaps,
+    matches: Mapping[Pair, Matches],
+    config: TrackConfig,
+) -> Scene:
+    """The scene of a chosen model, in the frame of the aligned one that it shares most images with, and its images."""
+    scene = scene_from_colmap(model.reconstruction, views, depth_maps)
+    aligned = max(scenes, key=lambda s: len(set(s.names) & model.names), default=None)
+    if aligned is not None and set(aligned.names) & model.names:
+        if model.origin == "mapping":
+            scene = in_frame_of(scene, aligned)
+        scene = attached(scene, aligned)
+    dense = build_tracks(scene, matches, views, config).tracks
+    return _with_fillers(scene, dense, views)
+
+
+def _densely_refined(scene: Scene, views: Sequence[View], depth_maps: DepthMaps, config: RefineConfig) -> Scene:
+    """A scene that no sparse match verifies, adjusted on its dense tracks."""
+    if scene.tracks is None or len(scene.tracks.errors) == 0:
+        return scene
+    view_of = {view.name: view for view in views}
+    known = {name for name in scene.names if view_of[name].known_K is not None}
+    posed = {name for name in scene.names if view_of[name].known_cam_from_world is not None}
+    # Keypoints of the network's grid are as precise as its pixels are fine.
+    error_px = max(config.max_error_px, config.max_error_px * stored_per_net(scene) / 2)
+    wider = dataclasses.replace(config, max_error_px=error_px)
+    adjusted = refine(colmap_from_scene(scene), wider, posed, known)
+    if adjusted.kept_input:
+        return scene
+    return scene_from_colmap(adjusted.reconstruction, [view_of[name] for name in scene.names], depth_maps)
+
+
+def _with_fillers(scene: Scene, dense: Tracks | None, views: Sequence[View]) -> Scene:
+    """The scene with the dense tracks that lie where it has no keypoints, and colours for all points."""
+    if dense is None or len(dense.errors) == 0:
+        return scene
+    sparse = scene.tracks
+    taken = set(_cells(sparse, scene))
+    is_empty = np.array([cell not in taken for cell in _cells(dense, scene)])
+    share = np.bincount(dense.point_indices.numpy(), weights=is_empty, minlength=len(dense.errors))
+    share /= np.bincount(dense.point_indices.numpy(), minlength=len(dense.errors))
+    return dataclasses.replace(scene, tracks=joined(sparse, select_tracks(dense, share > 0.5)))
+
+
+def joined(first: Tracks, second: Tracks) -> Tracks:
+    values = {
+        field.name: torch.cat([getattr(first, field.name), getattr(second, field.name)])
+        for field in dataclasses.fields(Tracks)
+    }
+    values["point_indices"] = torch.cat([first.point_indices, second.point_indices + len(first.errors)])
+    return Tracks(**values)
+
+
+def _cells(tracks: Tracks, scene: Scene) -> list[tuple[int, int, int]]:
+    sides = torch.tensor([max(size) for size in scene.original_sizes])[tracks.image_indices] / CELLS
+    x, y = (tracks.keypoints / sides[:, None]).long().unbind(-1)
+    return list(zip(tracks.image_indices.tolist(), x.tolist(), y.tolist(), strict=True))
+
+
+def _scene_key(scene: Scene) -> str:
+    """What tells a scene from another: its cameras, and its tracks."""
+    tensors = [scene.K, scene.cam_from_world]
+    if scene.tracks is not None:
+        tensors += [scene.tracks.keypoints, scene.tracks.points_in_world]
+    return hash_of(*scene.names, *(tensor.cpu().numpy().tobytes() for tensor in tensors))
+
+
+def _known_key(view: View) -> str:
+    return repr([None if x is None else x.tolist() for x in (view.known_K, view.known_cam_from_world)])
+
+
+def _figures(support: Support) -> dict[str, Any]:
+    return {
+        "verified_images": support.images,
+        "observations": support.observations,
+        "points": support.points,
+        "score": round(support.score, 1),
+        "mean_reprojection_error_px": round(support.mean_error_px, 3),
+    }
+
+
+if __name__ == "__main__":
+    from dust3r_sfm.__main__ import main as run
+
+    sys.exit(run(["refine-scene", *sys.argv[1:]]))

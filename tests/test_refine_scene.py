@@ -1,0 +1,145 @@
+"""Refinement as a whole on procedural rooms: what explains more is taken, what no match verifies stays beside it."""
+
+import dataclasses
+
+import numpy as np
+import pycolmap
+import pytest
+import torch
+from observed import observed_scene, perturbed
+from procedural import make_scene
+
+from dust3r_sfm.evaluate import evaluate_poses
+from dust3r_sfm.formats.sparse_database import SparseMatches
+from dust3r_sfm.pairs import Pair
+from dust3r_sfm.refine_scene import closing_line, refine_scenes
+from dust3r_sfm.sparse_features import EMPTY, guide
+
+NUM_VIEWS = 6
+
+
+@pytest.fixture(scope="module")
+def procedural():
+    return make_scene(NUM_VIEWS, (96, 128), pairs=[])
+
+
+@pytest.fixture(scope="module")
+def observed(procedural):
+    return observed_scene(procedural, num_points=300, noise_px=0.5)
+
+
+@pytest.fixture(scope="module")
+def views(procedural, observed):
+    stored = zip(procedural.views, observed.original_sizes, observed.net_from_img, strict=True)
+    return [dataclasses.replace(v, original_size=size, net_from_img=m) for v, size, m in stored]
+
+
+def sparse_of(scene, names=None):
+    """The scene's tracks as what SIFT would have found and COLMAP verified, between the named images."""
+    tracks, names = scene.tracks, scene.names if names is None else names
+    rows = {name: torch.nonzero(tracks.image_indices == i)[:, 0] for i, name in enumerate(scene.names)}
+    keypoints = {name: tracks.keypoints[rows[name]].double().numpy() for name in names}
+    row_of = {n: {p: i for i, p in enumerate(tracks.point_indices[rows[n]].tolist())} for n in names}
+    geometries = {}
+    for i, name0 in enumerate(names):
+        for name1 in names[i + 1 :]:
+            shared = sorted(row_of[name0].keys() & row_of[name1].keys())
+            matches = np.array([[row_of[name0][p], row_of[name1][p]] for p in shared], dtype=np.uint32)
+            geometry = pycolmap.TwoViewGeometry()
+            geometry.config, geometry.inlier_matches = 2, matches.reshape(-1, 2)  # calibrated
+            if len(shared) >= 15:
+                geometries[Pair(name0, name1)] = geometry
+    width, height = scene.original_sizes[0]
+    camera = pycolmap.Camera.create_from_model_name(1, "SIMPLE_RADIAL", 1.2 * width, width, height)
+    return SparseMatches(keypoints, geometries, dict.fromkeys(names, camera), {})
+
+
+def without_tracks(scene):
+    return dataclasses.replace(scene, tracks=None)
+
+
+def report(scene, procedural):
+    truth = dict(zip(procedural.names, procedural.cam_from_world, strict=True))
+    return evaluate_poses(dict(zip(scene.names, scene.cam_from_world, strict=True)), truth)
+
+
+def test_a_perturbed_scene_returns_to_the_truth(procedural, observed, views, tmp_path):
+    aligned = without_tracks(perturbed(observed))
+    found = refine_scenes(views, [aligned], {}, sparse_of(observed), tmp_path)
+    (scene,) = found.scenes
+    assert report(aligned, procedural).auc[5] < 0.6
+    assert report(scene, procedural).auc[1] > 0.93
+    assert scene.names == observed.names
+    assert scene.tracks.errors.mean() < 1
+    origins = [line["origin"] for line in found.figures["candidates"]]
+    assert origins[0] == "alignment"
+    assert "mapping" in origins[1:]
+    before, after = (found.figures["candidates"][0][key] for key in ("before", "after"))
+    assert after["score"] > before["score"]
+    assert closing_line(found).startswith("Refined over 15 verified pairs: 6 images by ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hopeless_alignment_gives_way_to_mapping_in_its_frame(procedural, observed, views, tmp_path):
+    aligned = without_tracks(perturbed(observed, angle_deg=40.0, shift=1.0, focal=0.3))
+    found = refine_scenes(views, [aligned], {}, sparse_of(observed), tmp_path)
+    assert [line["origin"] for line in found.figures["chosen"]] == ["mapping"]
+    assert report(found.scenes[0], procedural).auc[1] > 0.93
+
+
+def test_images_without_matches_keep_their_aligned_place(procedural, observed, views, tmp_path):
+    lone = observed.names[4]
+    verified = [name for name in observed.names if name != lone]
+    found = refine_scenes(views, [without_tracks(observed)], {}, sparse_of(observed, verified), tmp_path)
+    (scene,) = found.scenes
+    assert set(scene.names) == set(observed.names)
+    assert found.figures["chosen"][0]["after"]["verified_images"] == 5
+    assert report(scene, procedural).auc[3] > 0.9
+    assert (scene.depth[scene.names.index(lone)] > 0).all()
+
+
+def test_without_verified_matches_dense_tracks_alone_are_adjusted(procedural, observed, views, tmp_path):
+    aligned = perturbed(observed, angle_deg=0.5, shift=0.02, focal=0.01)
+    found = refine_scenes(views, [aligned], {}, EMPTY, tmp_path)
+    assert found.figures["chosen"] == []
+    assert report(found.scenes[0], procedural).auc[1] > max(0.9, report(aligned, procedural).auc[1])
+
+
+def test_matches_find_images_that_the_alignment_lacks(procedural, observed, views, tmp_path):
+    found = refine_scenes(views, [], {}, sparse_of(observed), tmp_path)
+    (scene,) = found.scenes
+    assert report(scene, procedural).auc[1] > 0.93
+    assert (scene.confidence[0] == 0).all()
+
+
+def test_known_poses_are_held_and_mapping_is_not_asked(procedural, observed, views, tmp_path):
+    known = [
+        dataclasses.replace(view, known_cam_from_world=pose.double()) if i < 2 else view
+        for i, (view, pose) in enumerate(zip(views, procedural.cam_from_world, strict=True))
+    ]
+    aligned = perturbed(observed)
+    poses = aligned.cam_from_world.clone()
+    poses[:2] = procedural.cam_from_world[:2]
+    aligned = without_tracks(dataclasses.replace(aligned, cam_from_world=poses))
+    found = refine_scenes(known, [aligned], {}, sparse_of(observed), tmp_path)
+    assert {line["origin"] for line in found.figures["candidates"]} == {"alignment"}
+    torch.testing.assert_close(
+        found.scenes[0].cam_from_world[:2].float(), procedural.cam_from_world[:2], atol=1e-5, rtol=0
+    )
+    assert report(found.scenes[0], procedural).auc[1] > 0.9
+
+
+def test_matches_that_contradict_a_confident_scene_leave_the_database(observed):
+    sparse = sparse_of(observed)
+    pair = Pair(*observed.names[1:3])
+    wrong = pycolmap.TwoViewGeometry()
+    matches = sparse.geometries[pair].inlier_matches.copy()
+    matches[::2, 1] = matches[::2, 1][::-1]
+    wrong.config, wrong.inlier_matches = 2, matches
+    spoilt = dataclasses.replace(sparse, geometries=sparse.geometries | {pair: wrong})
+    guided, trust = guide(spoilt, without_tracks(observed), [])
+    assert trust.believed
+    truth = set(map(tuple, sparse.geometries[pair].inlier_matches.tolist()))
+    left = set(map(tuple, guided.geometries[pair].inlier_matches.tolist()))
+    assert len(left - truth) <= 0.03 * len(left)
+    assert len(left) > 0.4 * len(truth)
