@@ -22,6 +22,7 @@ AT_ONCE_S = 0.01
 COMMANDS = {
     "reconstruct": "A folder of photos becomes a COLMAP model: all of the stages below.",
     "demo": "Render photos of a scene, reconstruct them and compare with the truth.",
+    "extract-frames": "Sharp frames of a video, spread evenly, as photos.",
     "infer-pairs": "Predict pointmaps of pairs of photos.",
     "filter-pairs": "Drop pairs that the network is not sure of.",
     "match-dense": "Match the pixels of pairs through their pointmaps.",

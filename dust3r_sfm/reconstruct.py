@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ from dust3r_sfm.alignment.refine import RefineConfig
 from dust3r_sfm.alignment.tracks import TrackConfig, build_tracks
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.export_scene import ExportConfig, check_formats, export_scenes
+from dust3r_sfm.extract_frames import FrameConfig, extract_frames
 from dust3r_sfm.files import LOCK_NAME, holding, write_bytes
 from dust3r_sfm.filter_pairs import FilterConfig, decide_pairs, keep_pairs
 from dust3r_sfm.formats.colmap import check_text_names
@@ -34,9 +36,10 @@ from dust3r_sfm.models.dust3r import Dust3r
 from dust3r_sfm.pairs import Matches, Pair, Predictions
 from dust3r_sfm.pairs_from_retrieval import pairs_from_retrieval
 from dust3r_sfm.refine_scene import refine_photos
+from dust3r_sfm.report import write_reports
 from dust3r_sfm.scene import Scene
 from dust3r_sfm.summary import Summary
-from dust3r_sfm.views import View, load_views, read_views, with_known_cameras
+from dust3r_sfm.views import View, list_images, load_views, read_views
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +58,14 @@ class ReconstructConfig:
     tracks: TrackConfig = TrackConfig()
     bundle: RefineConfig = RefineConfig()
     export: Annotated[ExportConfig, tyro.conf.arg(name="")] = ExportConfig()
+    frames: Annotated[FrameConfig, tyro.conf.arg(name="")] = FrameConfig()
 
 
 def main(
-    image_dir: Path,
-    output: Path,
+    image_dir: Path | None = None,
+    output: Path = tyro.MISSING,
     model: str | None = None,
+    video: Path | None = None,
     pairs: Literal["auto", "retrieval"] | PairKind = "auto",
     window: int = 3,
     num_matched: int = 20,
@@ -75,10 +80,13 @@ def main(
     """Make a COLMAP model of a folder of photos.
 
     Args:
-        image_dir: Folder of photos, sub-folders included.
-        output: Folder for sparse/0, sparse/1, ..., database.db, points.ply, summary.json and the stages' files.
+        image_dir: Folder of photos, sub-folders included; or give a video.
+        output: Folder for sparse/0, sparse/1, ..., database.db, points.ply, summary.json, report.html and the stages'
+            files.
         model: Checkpoint file, folder or hub name; the shipped weights where not given.
-        pairs: Which photos to compare: auto is exhaustive up to 40 photos, and those that look alike (retrieval) above.
+        video: A video in place of the photos; its sharp frames go to the output's folder frames.
+        pairs: Which photos to compare: auto is exhaustive up to 40 photos, and those that look alike (retrieval) above;
+            sequential for a video.
         window: Neighbours of a photo in sequential and logarithmic pairs.
         num_matched: Partners of a photo in retrieval pairs.
         pairs_file: Text file with two image names a line, as hloc writes it, in place of the pairs above.
@@ -89,12 +97,19 @@ def main(
         text: Write the COLMAP models as text too.
         config: Options of the stages.
     """
+    if (image_dir is None) == (video is None):
+        raise InputError("expected either --image_dir, a folder of photos, or --video, a video file")
     _refuse_foreign_model(output)
     summary = Summary()
     with holding(output):
+        if video is not None:
+            image_dir, pairs = output / "frames", "video" if pairs == "auto" else pairs
+            with summary.timed("extract_frames"):
+                extract_frames(video, image_dir, config.frames)
         network, views = _load(image_dir, model, cameras, on_bad_image, summary)
         if masks is not None:
             views = read_masks(masks, views)
+        summary.views, summary.image_dir = views, image_dir
         if text:
             check_text_names(summary.names)
         check_formats(config.export, summary.names)
@@ -106,6 +121,7 @@ def main(
             _export(scenes, views, output, text, summary, config.export, image_dir, matches)
         finally:
             summary.write(output / "summary.json")
+            write_reports(output, summary)
     logger.info("%s %s", summary.closing_line(), output / "sparse")
     return summary
 
@@ -127,7 +143,7 @@ def _align_and_match(
     with summary.timed("align_scene"):
         scenes = _align(network, views, kept, output, config.align)
     with summary.timed("match_dense"):
-        matches = match_dense(views, kept, config.match)
+        matches = summary.matches = match_dense(views, kept, config.match)
     with summary.timed("tracks"):
         return [build_tracks(scene, matches, views, config.tracks) for scene in scenes], matches
 
@@ -172,16 +188,17 @@ def _load(
     with summary.timed("load"):
         network = Dust3r.from_pretrained(model)
         size, square_ok = network.config.image_size, network.config.square_ok
+        known = read_known_cameras(cameras, list_images(image_dir)) if cameras is not None else None
         if on_bad_image == "skip":
-            views, summary.rejected = read_views(image_dir, size, square_ok=square_ok)
+            views, summary.rejected = read_views(image_dir, size, square_ok=square_ok, cameras=known)
         else:
-            views = load_views(image_dir, size, square_ok=square_ok)
+            views = load_views(image_dir, size, square_ok=square_ok, cameras=known)
         summary.model, summary.names = network, [view.name for view in views]
         for name, reason in summary.rejected.items():
             logger.warning("Left out: %s %s.", name, reason)
         if len(views) < 2:
             raise InputError(f"{image_dir} has {len(views)} usable images: at least two that overlap are needed")
-        return network, with_known_cameras(views, read_known_cameras(cameras, summary.names)) if cameras else views
+        return network, views
 
 
 def _choose_pairs(
@@ -190,6 +207,8 @@ def _choose_pairs(
     names = [view.name for view in views]
     if pairs_file is not None:
         return symmetrize(read_pairs(pairs_file, names))
+    if kind == "video":
+        return make_pairs(names, "sequential", window, cyclic=False)
     if kind == "auto":
         kind = "exhaustive" if len(names) <= MAX_EXHAUSTIVE else "retrieval"
     if kind != "retrieval":
@@ -205,9 +224,9 @@ def _align(
 ) -> list[Scene]:
     """Aligned scenes; those of an earlier run where nothing that they depend on has changed."""
     keys = prediction_keys(network, views, list(predictions)).values()
-    known = [(view.name, view.known_K, view.known_cam_from_world) for view in views]
+    known = [(view.name, view.known_K, view.known_cam_from_world, view.lens) for view in views]
     masks = [b"" if view.mask is None else view.mask.cpu().numpy().tobytes() for view in views]
-    known = repr([[x if isinstance(x, str | None) else x.tolist() for x in k] for k in known])
+    known = repr([[x.tolist() if isinstance(x, torch.Tensor) else x for x in k] for k in known])
     key = hash_of(repr(config), known, *masks, *keys)
     path, done = output / "aligned.h5", output / ".aligned.json"
     if path.is_file() and done.is_file() and json.loads(done.read_text()) == key:
