@@ -16,7 +16,9 @@ from typing import Any
 from dust3r_sfm.files import write_bytes
 from dust3r_sfm.filter_pairs import PairDecision
 from dust3r_sfm.models.dust3r import Dust3r
+from dust3r_sfm.pairs import Matches, Pair
 from dust3r_sfm.scene import Scene, Tracks
+from dust3r_sfm.views import View
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,9 @@ class Summary:
     """Images that could not be used and why."""
     names: Sequence[str] = ()
     """Images that could."""
+    image_dir: Path | None = None
+    views: Sequence[View] = ()
+    matches: Mapping[Pair, Matches] = field(default_factory=dict)
     model: Dust3r | None = None
     decisions: Sequence[PairDecision] = ()
     scenes: Sequence[Scene] = ()
@@ -73,9 +78,11 @@ class Summary:
             f"{c['kept_pairs']} of {c['pairs']} directed pairs kept; {sum(self.timings_s.values()):.0f} s."
         )
 
-    def write(self, path: Path) -> None:
-        content = {
+    def content(self) -> dict[str, Any]:
+        """What JSON can hold of it."""
+        return {
             "counts": self.counts(),
+            "image_dir": self.image_dir and str(self.image_dir.resolve()),
             "models": [_model_figures(scene, i) for i, scene in enumerate(self.scenes)],
             "refinement": self.refinement,
             "network": self.model and {"name": self.model.name, "licence": self.model.licence},
@@ -84,7 +91,9 @@ class Summary:
             "images": self.images(),
             "pairs": [_pair_line(decision) for decision in self.decisions],
         }
-        write_bytes(path, json.dumps(content, indent=1).encode())
+
+    def write(self, path: Path) -> None:
+        write_bytes(path, json.dumps(self.content(), indent=1).encode())
 
     def _reason(self, name: str) -> str:
         decisions = [decision for decision in self.decisions if name in decision.pair]
