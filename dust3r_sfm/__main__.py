@@ -125,7 +125,7 @@ def _run(command: str, arguments: Sequence[str]) -> None:
     else:
         stage = import_module(f"dust3r_sfm.{command.replace('-', '_')}")
     tyro.cli(
-        stage.main,
+        stage.configured(arguments) if hasattr(stage, "configured") else stage.main,
         prog=f"dust3r-sfm {command}",
         args=arguments,
         use_underscores=True,

@@ -90,6 +90,15 @@ class PairReport:
         """For JSON, which has no infinity: None in its place."""
         return _json_safe(asdict(self))
 
+    def figures(self) -> dict[str, float]:
+        """The total in a line of a run's history; without what was not measured."""
+        known, own, c = self.total.reference_focal, self.total.own_focal, self.calibration
+        values = {"rra15": known.rra15, "rta15": known.rta15, "maa30": known.maa30}
+        values |= {"own_rra15": own.rra15, "own_rta15": own.rta15, "own_maa30": own.maa30}
+        values |= {"focal_error": self.total.focal_error, "depth_error": self.total.depth_error}
+        values |= {"separation": c.separation, "separation_weaker_image": c.separation_weaker_image}
+        return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
     def table(self) -> str:
         """A markdown table, a line a scene and their total, and two lines on the confidences."""
         header = ["scene", "pairs", "RRA@15", "RTA@15", "mAA(30)", "rot deg", "trans deg"]

@@ -19,7 +19,7 @@ def options(**values):
 TINY = options(
     image_size=64, enc_embed_dim=32, enc_depth=1, enc_num_heads=2, dec_embed_dim=32, dec_depth=1, dec_num_heads=2
 )
-SHORT = options(num_generated=2, batch=1, height=32, width=32, easy_height=32, easy_width=32, samples=1, log_steps=1)
+SHORT = options(num_generated=2, batch=1, heights=32, width=32, easy_heights=32, easy_width=32, samples=1, log_steps=1)
 
 
 def train(output, steps, *more):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig
-from dust3r_sfm.train import SMALL
-from dust3r_sfm.training.loop import LoopConfig, Trainer, make_batch, objective
+from dust3r_sfm.train import SMALL, TrainConfig, make_trainer
+from dust3r_sfm.training.batches import Source
+from dust3r_sfm.training.config import LoopConfig
+from dust3r_sfm.training.loop import Trainer
+from dust3r_sfm.training.step import OverlappedStep, Step, capture
 from dust3r_sfm.training.textures import generated_textures, with_mipmaps
 
 
@@ -42,40 +47,46 @@ def _matrix_ceiling() -> float:
     return 2 * 8192**3 / (_milliseconds(lambda: a @ b) * 1e-3)
 
 
-def _captured(trainer: Trainer, run: Callable[[], object]) -> Callable[[], None]:
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(trainer.dice.generator)
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+def _report(trainer: Trainer, step: Step | OverlappedStep, ceiling: float) -> None:
+    """A line for images of one size."""
+    size, engine = step.size, trainer.engine
+    made, _ = capture(lambda: engine.make(size), engine.pool, engine.dice)
+    batch = _milliseconds(made.replay)
+
+    def whole_step() -> None:
+        step.fetch()
+        step.prepare()
+        step()
+
+    step.prepare()
+    whole = _milliseconds(whole_step)
+    flops = step.batch * step_flops(SMALL, size[0] * size[1] // SMALL.patch_size**2)
+    print(
+        f"{size[0]}x{size[1]}, {step.batch} pairs: batch {batch:.1f} ms, step {whole:.1f} ms, "
+        f"{step.batch / whole * 1e3:.0f} pairs/s, {flops / whole * 1e3 / ceiling:.0%} of {ceiling / 1e12:.0f} TFLOP/s, "
+        f"{torch.cuda.max_memory_allocated() / 2**30:.0f} GiB at most"
+    )
 
 
-def main(batch: int = 96) -> None:
-    """Print a table of times a step for the shipped model's shape, and the share of the bfloat16 ceiling."""
+def main(batch: int = 96, overlap: bool = False, compile_all: bool = False, bf16_residual: bool = False) -> None:
+    """Print the times of a step for the shipped model's shape, and the share of the bfloat16 ceiling.
+
+    Args:
+        batch: Pairs of 192x256.
+        overlap: Make the next batch while the network learns.
+        compile_all: Compile the heads' outputs and the changes of the photos too.
+        bf16_residual: Keep the residual stream in bfloat16.
+    """
     if not torch.cuda.is_available():
         raise InputError("the training benchmark needs a CUDA device, and there is none")
-    device = torch.device("cuda")
-    c, textures = LoopConfig(batch=batch), with_mipmaps(generated_textures(16).to(device))
-    model = Dust3r(SMALL).to(device)
-    for block in [*model.enc_blocks, *model.dec_blocks, *model.dec_blocks2]:
-        block.compile(dynamic=False)
-    trainer = Trainer(model, textures, c, objective=torch.compile(objective, dynamic=False))
+    start = time.perf_counter()
+    loop = LoopConfig(batch=batch, heights=(192,), portrait=0.0, overlap=overlap, apart_share=0.05)
+    config = TrainConfig(output=Path(), loop=loop, compile_all=compile_all, bf16_residual=bf16_residual)
+    source = Source(with_mipmaps(generated_textures(16).cuda()))
+    trainer = make_trainer(config, Dust3r(SMALL).cuda(), source, (0, 1), start)
+    easy, full = trainer.steps()
+    print(f"Ready after {time.perf_counter() - start:.0f} s.")
     ceiling = _matrix_ceiling()
-    for (landscape, *_), size in zip(
-        trainer.steps(), [(c.easy_height, c.easy_width), (c.height, c.width)], strict=True
-    ):
-        render = _milliseconds(
-            _captured(trainer, lambda n=landscape.batch, s=size: make_batch(trainer.dice, n, s, textures, c.samples))
-        )
-        whole = _milliseconds(landscape)
-        flops = landscape.batch * step_flops(SMALL, size[0] * size[1] // SMALL.patch_size**2)
-        network = whole - render
-        share = flops / network * 1e3 / ceiling
-        print(
-            f"{size[0]}x{size[1]}, {landscape.batch} pairs: batch {render:.1f} ms, network {network:.1f} ms "
-            f"({share:.0%} of {ceiling / 1e12:.0f} TFLOP/s), {landscape.batch / whole * 1e3:.0f} pairs/s"
-        )
-    update = _milliseconds(lambda: trainer.optimizer.step(1e-6, 1.0, 0.999))
-    print(f"update {update:.1f} ms")
+    for step in (*easy.values(), *full.values()):
+        _report(trainer, step, ceiling)
+    print(f"update {_milliseconds(lambda: trainer.optimizer.step(1e-6, 1.0, 0.999)):.1f} ms")

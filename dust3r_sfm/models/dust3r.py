@@ -94,6 +94,8 @@ class Dust3r(nn.Module):
         """What the weights are, for reports."""
         self.licence = "Apache-2.0"
         """Licence of the weights."""
+        self.residual_in_bfloat16 = False
+        """Whether the residual stream is as autocast leaves it."""
         c = config
         self.patch_embed = _PatchEmbed(c.enc_embed_dim, c.patch_size)
         self.register_buffer("mask_token", torch.zeros(1, 1, c.dec_embed_dim))  # of the pre-training, never used
@@ -125,8 +127,7 @@ class Dust3r(nn.Module):
             raise ValueError(f"image sides must be multiples of {patch}, got {h}x{w}")
         grid = h // patch, w // patch
         rope = rope_of_grid(*grid, self.config.enc_embed_dim // self.config.enc_num_heads, image.device)
-        # the residual stream keeps the parameters' precision under autocast
-        x = self.patch_embed(image).to(self.enc_norm.weight.dtype)
+        x = self._stream(self.patch_embed(image))
         for block in self.enc_blocks:
             x = block(x, rope)
         return Tokens(self.enc_norm(x), grid)
@@ -143,8 +144,8 @@ class Dust3r(nn.Module):
         rope0, rope1 = self._decoder_rope(tokens0), self._decoder_rope(tokens1)
         wanted = self.downstream_head1.layers
         layers0, layers1 = ([tokens0.features], [tokens1.features]) if 0 in wanted else ([], [])
-        x0 = self.decoder_embed(tokens0.features).to(self.dec_norm.weight.dtype)
-        x1 = self.decoder_embed(tokens1.features).to(self.dec_norm.weight.dtype)
+        x0 = self._stream(self.decoder_embed(tokens0.features))
+        x1 = self._stream(self.decoder_embed(tokens1.features))
         for layer, (block0, block1) in enumerate(zip(self.dec_blocks, self.dec_blocks2, strict=True), start=1):
             x0, x1 = block0(x0, x1, rope0, rope1), block1(x1, x0, rope1, rope0)
             if layer in wanted:
@@ -152,6 +153,10 @@ class Dust3r(nn.Module):
                 layers0.append(self.dec_norm(x0) if last else x0)
                 layers1.append(self.dec_norm(x1) if last else x1)
         return layers0, layers1
+
+    def _stream(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """The residual stream keeps the parameters' precision under autocast, unless told otherwise."""
+        return x if self.residual_in_bfloat16 else x.to(self.dec_norm.weight.dtype)
 
     def _decoder_rope(self, tokens: Tokens) -> Rope:
         return rope_of_grid(
