@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dust3r_sfm.alignment.consistency import best_tree_poses
 from dust3r_sfm.alignment.objective import MIN_OUTLIER_DISTANCE, pair_points, pair_scales
 from dust3r_sfm.alignment.observations import Observations
 from dust3r_sfm.geometry.registration import register_similarity, similarity_matrix
-from dust3r_sfm.geometry.transforms import transform_points
-from dust3r_sfm.graph import maximum_spanning_tree
+from dust3r_sfm.geometry.transforms import inverse, transform_points
 
 NUM_REWEIGHTINGS = 5
 NUM_TURNS = 5
 """Of averaging the pairs' points and registering all pairs to them."""
-MAX_TREES = 4
 MIN_RESIDUAL = 1e-3
-DOUBTED_DISTANCE = 0.1
-"""Mean residual in a pair's unit from which a pair should rather not be part of the tree."""
+MIN_SPREAD = 1e-5
+"""Relative to their distance from the origin, below which points are one point."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,39 +36,55 @@ class Start:
 
 
 def start_pairs(observations: Observations) -> Start:
-    """Points chained along the maximum spanning tree of the pairs' scores, then averaged over all pairs in turns.
+    """Images chained along a tree of pairs that the others confirm, then points averaged over all pairs in turns."""
+    points, weights = image_frames(observations)
+    relations = image_relations(observations, points, weights)
+    images, scores = observations.images.cpu(), observations.scores.cpu()
+    world_from_image = best_tree_poses(images, relations.cpu(), scores, len(points)).to(points.device)
+    return _settled(
+        observations, register_pairs(observations, transform_points(world_from_image.float(), points), weights)
+    )
 
-    A pair of the tree that the others contradict is left out of another tree, and the better start is taken.
+
+def image_frames(observations: Observations) -> tuple[Float[Tensor, "n m 3"], Float[Tensor, "n m"]]:
+    """Each image's sampled points in a frame of its own, and their weights.
+
+    The robust mean of what the pairs say whose frame is the image's camera, all of the same unit; of an image that is
+    never camera 0 the points of its most confident pair.
     """
-    scores, best, best_cost = observations.scores.clone(), None, float("inf")
-    for _ in range(MAX_TREES):
-        tree = _spanning_tree(observations, scores)
-        start = _settled(observations, chain_pairs(observations, tree))
-        cost = float((start.distances / (1 + start.distances / DOUBTED_DISTANCE)).mean())
-        if cost < best_cost:
-            best, best_cost = start, cost
-        doubted = tree[start.distances[tree] > max(3 * float(start.distances.median()), DOUBTED_DISTANCE)]
-        if len(doubted) == 0:
-            break
-        scores[doubted] *= 1e-6
-    return best
+    identity = torch.eye(4, dtype=torch.float64, device=observations.points.device).expand(
+        len(observations.pairs), 4, 4
+    )
+    own = observations.weights.clone()
+    own[1] = 0
+    belief = torch.ones_like(observations.scores)
+    points, weights = average_points(replace(observations, weights=own), identity, belief)
+    for n in set(range(len(points))) - set(observations.images[0].tolist()):
+        seen = (observations.images[1] == n).nonzero()[:, 0]
+        e = seen[observations.scores[seen].argmax()]
+        points[n], weights[n] = observations.points[1, e], observations.weights[1, e]
+    return points, weights
 
 
-def _spanning_tree(observations: Observations, scores: Float[Tensor, " e"]) -> Int[Tensor, " t"]:
-    """Indices of the tree's pairs, strongest first."""
-    index = {pair: e for e, pair in enumerate(observations.pairs)}
-    tree = maximum_spanning_tree(observations.names, dict(zip(observations.pairs, scores.tolist(), strict=True)))
-    return torch.tensor([index[pair] for pair in tree])
+def image_relations(
+    observations: Observations, points: Float[Tensor, "n m 3"], weights: Float[Tensor, "n m"]
+) -> Float[Tensor, "e 4 4"]:
+    """image1_from_image0 of the images' own frames, as each pair says."""
+    pair_from_image = [
+        register_robustly(points[i], observations.points[side], (observations.weights[side] * weights[i]).sqrt())
+        for side, i in enumerate(observations.images)
+    ]
+    return inverse(pair_from_image[1]) @ pair_from_image[0]
 
 
 def _settled(observations: Observations, world_from_pair: Float[Tensor, "e 4 4"]) -> Start:
     """The start after some turns of averaging the pairs' points and registering all pairs to them."""
-    belief = torch.ones(len(world_from_pair))
+    belief = torch.ones_like(observations.scores)
     for turn in range(NUM_TURNS + 1):
         world_from_pair = _with_unit_scale(world_from_pair)
         points, weights = average_points(observations, world_from_pair, belief)
         distances = pair_distances(observations, world_from_pair, points)
-        belief = 1 / (1 + distances / max(3 * float(distances.median()), MIN_OUTLIER_DISTANCE)).square()
+        belief = 1 / (1 + distances / (3 * distances.median()).clamp(min=MIN_OUTLIER_DISTANCE)).square()
         if turn < NUM_TURNS:
             world_from_pair = register_pairs(observations, points, weights)
     return Start(world_from_pair, points, weights, distances)
@@ -82,31 +97,6 @@ def pair_distances(
     residuals = (points[observations.images] - pair_points(observations, world_from_pair)).norm(dim=-1)
     mean = (residuals * observations.weights).sum(dim=(0, 2)) / observations.weights.sum(dim=(0, 2))
     return mean / pair_scales(world_from_pair).float()
-
-
-def chain_pairs(observations: Observations, tree: Int[Tensor, " t"]) -> Float[Tensor, "e 4 4"]:
-    """world_from_pair of all pairs, from points chained along a tree; the world is its first pair's camera 0."""
-    names, images = observations.names, observations.images
-    root, e = int(images[0, tree[0]]), int(tree[0])
-    points, weights = (
-        torch.zeros(len(names), *observations.points.shape[2:]),
-        torch.zeros(len(names), observations.points.shape[2]),
-    )
-    points[root], weights[root] = observations.points[0, e], observations.weights[0, e]
-    placed, waiting = {root}, tree.tolist()
-    while waiting:
-        # A tree's pairs touch what is placed one after the other: each turn places at least one image.
-        e = next(e for e in waiting if placed & set(images[:, e].tolist()))
-        waiting.remove(e)
-        side = 0 if int(images[0, e]) in placed else 1
-        old, new = int(images[side, e]), int(images[1 - side, e])
-        world_from_pair = register_robustly(
-            observations.points[side, e], points[old], (observations.weights[side, e] * weights[old]).sqrt()
-        )
-        points[new] = transform_points(world_from_pair.float(), observations.points[1 - side, e])
-        weights[new] = observations.weights[1 - side, e]
-        placed.add(new)
-    return register_pairs(observations, points, weights)
 
 
 def register_pairs(
@@ -127,13 +117,22 @@ def register_robustly(
     """The similarity of least weighted mean distance (not squared); the identity where points do not tell one."""
     # Far points are the least exact: at first they count less.
     reweighted = weights / (source.square().sum(dim=-1) + 1)
+    identity = torch.eye(4, dtype=torch.float64, device=source.device)
+    is_spread = _is_spread(source, weights)
     for _ in range(NUM_REWEIGHTINGS):
         similarity = similarity_matrix(*register_similarity(source, target, reweighted)).double()
-        told = similarity.isfinite().all(dim=-1).all(dim=-1) & (torch.det(similarity) > 1e-9)
-        similarity = torch.where(told[..., None, None], similarity, torch.eye(4, dtype=torch.float64))
+        told = is_spread & similarity.isfinite().all(dim=-1).all(dim=-1) & (torch.det(similarity) > 1e-9)
+        similarity = torch.where(told[..., None, None], similarity, identity)
         residuals = (transform_points(similarity.float(), source) - target).norm(dim=-1)
         reweighted = weights / residuals.clamp(min=MIN_RESIDUAL)
     return similarity
+
+
+def _is_spread(points: Float[Tensor, "*b k 3"], weights: Float[Tensor, "*b k"]) -> Bool[Tensor, "*b"]:
+    """Whether points differ by more than their rounding."""
+    share = (weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-20))[..., None]
+    variance = (share * (points - (share * points).sum(dim=-2, keepdim=True)).square()).sum(dim=(-2, -1))
+    return variance > MIN_SPREAD**2 * (share * points.square()).sum(dim=(-2, -1))
 
 
 def average_points(
@@ -145,13 +144,13 @@ def average_points(
     believed = observations.weights * belief[:, None]
     weights = believed
     for _ in range(NUM_REWEIGHTINGS):
-        weight_sum = torch.zeros(n, weights.shape[-1]).index_add_(0, images, weights.flatten(0, 1))
-        point_sum = torch.zeros(n, *in_world.shape[2:])
+        weight_sum = weights.new_zeros(n, weights.shape[-1]).index_add_(0, images, weights.flatten(0, 1))
+        point_sum = in_world.new_zeros(n, *in_world.shape[2:])
         point_sum.index_add_(0, images, (weights[..., None] * in_world).flatten(0, 1))
         points = point_sum / weight_sum.clamp(min=1e-20)[..., None]
         residuals = (points[observations.images] - in_world).norm(dim=-1)
         weights = believed / residuals.clamp(min=MIN_RESIDUAL)
-    total = torch.zeros(n, weights.shape[-1]).index_add_(0, images, observations.weights.flatten(0, 1))
+    total = weights.new_zeros(n, weights.shape[-1]).index_add_(0, images, observations.weights.flatten(0, 1))
     return points, total
 
 
