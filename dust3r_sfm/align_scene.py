@@ -18,7 +18,7 @@ from dust3r_sfm.formats.pointmaps import PointmapFile
 from dust3r_sfm.formats.scenes import write_scenes
 from dust3r_sfm.pairs import Predictions, SomePredictions
 from dust3r_sfm.scene import Scene
-from dust3r_sfm.views import SQUARE_CROP_SIZE, View, load_views, with_known_cameras
+from dust3r_sfm.views import SQUARE_CROP_SIZE, View, load_views
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,7 @@ def main(
     """
     with PointmapFile(pointmaps) as predictions:
         used = _chosen(predictions, pairs)
-        views = _load_views(image_dir, used)
-        if cameras is not None:
-            views = with_known_cameras(views, read_known_cameras(cameras, [view.name for view in views]))
+        views = _load_views(image_dir, used, cameras)
         scenes = []
         with tqdm(total=len(views), desc="Align", unit="image", disable=None) as bar:
             for scene in iterate_components(views, used, config):
@@ -74,13 +72,14 @@ def _chosen(predictions: Predictions, pairs: Path | None) -> Predictions:
     return SomePredictions(predictions, listed)
 
 
-def _load_views(image_dir: Path, predictions: Predictions) -> list[View]:
+def _load_views(image_dir: Path, predictions: Predictions, cameras: Path | None) -> list[View]:
     """The views of all images of pairs, at the size that the pointmaps were made at."""
     names = sorted({name for pair in predictions for name in pair})
     shapes = {tuple(c.shape) for c in _confidences(predictions, names)}
     size = max(max(shape) for shape in shapes)
     is_square = size != SQUARE_CROP_SIZE and (size, size) in shapes
-    return load_views(image_dir, size, names, square_ok=is_square)
+    known = read_known_cameras(cameras, names) if cameras is not None else None
+    return load_views(image_dir, size, names, square_ok=is_square, cameras=known)
 
 
 def _confidences(predictions: Predictions, names: Sequence[str]) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from dust3r_sfm.alignment.tracks import TrackConfig, build_tracks
 from dust3r_sfm.errors import InputError, ReconstructionError
@@ -30,9 +31,10 @@ from dust3r_sfm.formats.matches import read_matches
 from dust3r_sfm.formats.nerfstudio import write_gsplat, write_nerfstudio
 from dust3r_sfm.formats.pointclouds import dense_cloud, write_ply
 from dust3r_sfm.formats.scenes import read_scenes
+from dust3r_sfm.formats.undistortion import straight_views
 from dust3r_sfm.pairs import Matches, Pair
 from dust3r_sfm.scene import Scene
-from dust3r_sfm.views import SQUARE_CROP_SIZE, View, load_views
+from dust3r_sfm.views import SQUARE_CROP_SIZE, KnownCamera, View, load_views
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +117,7 @@ def export_scenes(
         raise InputError("hloc's files are made of matches: give the matches of match_dense")
     # write_colmap takes no tracks, but not tracks without a point
     scenes = [scene if _num_points(scene) else dataclasses.replace(scene, tracks=None) for scene in scenes]
+    seen_views, views = views, straight_views(views, scenes)
     folders = {
         kind: [_numbered(output / kind, i) for i in range(len(scenes))] for kind in set(config.formats) & FOLDERS
     }
@@ -133,7 +136,7 @@ def export_scenes(
         _write_clouds(scene, views, output, index, config.formats)
         _write_folders(scene, views, image_dir, {kind: folders[kind][index] for kind in folders}, config)
     if "hloc" in config.formats:
-        write_hloc(views, matches, output / "hloc")
+        write_hloc(seen_views, matches, output / "hloc")
     if "masks" in config.formats:
         write_masks(views, output / "masks")
     _remove_stale(output, len(scenes))
@@ -152,7 +155,8 @@ def load_scene_views(scenes: Sequence[Scene], image_dir: Path) -> list[View]:
     sizes = {name: tuple(depth.shape) for one in scenes for name, depth in zip(one.names, one.depth, strict=True)}
     size = max(max(shape) for shape in sizes.values())
     is_square = size != SQUARE_CROP_SIZE and (size, size) in sizes.values()
-    views = load_views(image_dir, size, list(sizes), square_ok=is_square)
+    cameras = {name: camera for one in scenes for name, camera in _known_lenses(one).items()}
+    views = load_views(image_dir, size, list(sizes), square_ok=is_square, cameras=cameras)
     for view in views:
         if view.size != sizes[view.name]:
             raise InputError(
@@ -160,6 +164,15 @@ def load_scene_views(scenes: Sequence[Scene], image_dir: Path) -> list[View]:
                 "expected the photos that the scene was made of"
             )
     return views
+
+
+def _known_lenses(scene: Scene) -> dict[str, KnownCamera]:
+    """The cameras of the images that the network saw without their distortion."""
+    return {
+        name: KnownCamera(torch.from_numpy(scene.K_img(i)), lens=lens)
+        for i, (name, lens) in enumerate(zip(scene.names, scene.lenses, strict=False))
+        if lens is not None and lens.was_known
+    }
 
 
 def _write_clouds(scene: Scene, views: Sequence[View], output: Path, index: int, formats: Sequence[Format]) -> None:

@@ -16,12 +16,13 @@ import torch
 from tqdm import tqdm
 
 from dust3r_sfm.errors import InputError
+from dust3r_sfm.formats.known_cameras import read_known_cameras
 from dust3r_sfm.formats.pairs import read_pairs
 from dust3r_sfm.formats.pointmaps import PointmapShards, hash_of
 from dust3r_sfm.graph import symmetrize
 from dust3r_sfm.models.dust3r import Dust3r, Tokens
 from dust3r_sfm.pairs import Pair, PairPrediction, Predictions
-from dust3r_sfm.views import View, load_views
+from dust3r_sfm.views import View, list_images, load_views
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def main(
     output: Path,
     model: str | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
+    cameras: Path | None = None,
     config: InferConfig = InferConfig(),
 ) -> None:
     """Predict pointmaps of every pair of a pairs file, in both directions.
@@ -57,11 +59,13 @@ def main(
         output: The file to write, such as pointmaps.h5; a second run continues an interrupted one.
         model: Checkpoint file, folder or hub name; the shipped weights where not given.
         on_bad_image: Stop at photos that cannot be used, or leave them out.
+        cameras: A cameras.json or a COLMAP model: the network sees photos without the lens distortion that it gives.
         config: How to run the network.
     """
     network = Dust3r.from_pretrained(model)
     size, square_ok = network.config.image_size, network.config.square_ok
-    views = load_views(image_dir, size, on_bad_image=on_bad_image, square_ok=square_ok)
+    known = read_known_cameras(cameras, list_images(image_dir)) if cameras is not None else None
+    views = load_views(image_dir, size, on_bad_image=on_bad_image, square_ok=square_ok, cameras=known)
     directed = symmetrize(read_pairs(pairs, [view.name for view in views]))
     output.parent.mkdir(parents=True, exist_ok=True)
     infer_pairs(network, views, directed, output, config)

@@ -13,24 +13,29 @@ from typing import Any
 import numpy as np
 import pycolmap
 import torch
+from jaxtyping import Float
 
 from dust3r_sfm.alignment.refine import (
     MIN_VERIFIED,
+    NO_DISTORTION,
     Adjustment,
+    CameraModel,
     RefineConfig,
     Support,
     rebuilt,
     refine,
     support,
     thinned,
-    with_radial_distortion,
+    with_distortion,
     with_shared_cameras,
     with_tracks,
+    without_needless_distortion,
 )
 from dust3r_sfm.colmap_worker import run_task
 from dust3r_sfm.formats.colmap import colmap_from_scene
 from dust3r_sfm.formats.sparse_database import SparseMatches, write_database
-from dust3r_sfm.geometry.resection import absolute_pose
+from dust3r_sfm.geometry.lens import Lens, camera_with_lens, lens_of, straightened
+from dust3r_sfm.geometry.resection import AbsolutePose, absolute_pose
 from dust3r_sfm.scene import Scene, Tracks
 from dust3r_sfm.views import View
 
@@ -78,19 +83,23 @@ class Model:
         return Model(self.origin, less, support(less))
 
 
-def camera_guesses(views: Sequence[View], sparse: SparseMatches) -> dict[str, pycolmap.Camera]:
-    """A first camera of each view that has keypoints: the known one, or COLMAP's guess."""
+def camera_guesses(
+    views: Sequence[View], sparse: SparseMatches, model: CameraModel = "SIMPLE_RADIAL"
+) -> dict[str, pycolmap.Camera]:
+    """A first camera of each view that has keypoints: the known one, or COLMAP's guess as a camera of the model."""
     guesses = {}
     for view in views:
         if view.name not in sparse.cameras:
             continue
-        width, height = view.original_size
-        if view.known_K is None:
-            guesses[view.name] = sparse.cameras[view.name]
-            continue
-        fx, fy, cx, cy = (float(view.known_K[i, j]) for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
-        guesses[view.name] = pycolmap.Camera(model="PINHOLE", width=width, height=height, params=[fx, fy, cx, cy])
-        guesses[view.name].has_prior_focal_length = True
+        if view.known_K is not None:
+            guess = camera_with_lens(view.known_K.double().numpy(), view.original_size, view.lens)
+            guess.has_prior_focal_length = True
+        else:
+            found = sparse.cameras[view.name]
+            lens = Lens(model, NO_DISTORTION[model]) if model in NO_DISTORTION else None
+            guess = camera_with_lens(found.calibration_matrix(), view.original_size, lens)
+            guess.has_prior_focal_length = found.has_prior_focal_length
+        guesses[view.name] = guess
     return guesses
 
 
@@ -99,7 +108,7 @@ def map_incrementally(views: Sequence[View], sparse: SparseMatches, work: Path, 
 
     Where images stay out it is tried again with milder thresholds, and what explains more is taken.
     """
-    guesses = camera_guesses(views, sparse)
+    guesses = camera_guesses(views, sparse, config.camera_model)
     names = [view.name for view in views if view.name in guesses]
     if len(names) < 2 or not sparse.geometries:
         return []
@@ -179,7 +188,7 @@ def map_from_alignment(
     known = {name for name in scene.names if view_of[name].known_K is not None}
     posed = {name for name in scene.names if view_of[name].known_cam_from_world is not None}
     bare = colmap_from_scene(Scene(**{**vars(scene), "tracks": None}))
-    with_radial_distortion(bare, set(scene.names) - known)
+    with_distortion(bare, set(scene.names) - known, config.camera_model)
     triangulated = triangulate(bare, scene.names, sparse, work, ROUND_FACTORS[-1])
     before = support(triangulated, config)
     current = triangulate(bare, scene.names, sparse, work, ROUND_FACTORS[0])
@@ -207,6 +216,17 @@ def map_from_alignment(
     return Model("alignment", final.reconstruction, after), before
 
 
+def with_settled_lenses(
+    model: Model, known: Collection[str], posed: Collection[str], config: RefineConfig
+) -> pycolmap.Reconstruction:
+    """The model without the distortions that were found to be none, adjusted to their absence."""
+    settled = pycolmap.Reconstruction(model.reconstruction)
+    names = model.names - set(known)
+    if not without_needless_distortion(settled, names):
+        return model.reconstruction
+    return refine(settled, dataclasses.replace(config, num_rounds=1), posed, known).reconstruction
+
+
 def resected(
     reconstruction: pycolmap.Reconstruction, sparse: SparseMatches, posed: Collection[str]
 ) -> pycolmap.Reconstruction:
@@ -226,14 +246,20 @@ def resected(
             points.append(np.array([new.point3D(point).xyz for _, point in rows]).reshape(-1, 3))
             pixels.append(sparse.keypoints[name][[own for own, _ in rows]].reshape(-1, 2))
         image = new.image(ids[name])
-        K = torch.from_numpy(np.array(new.camera(image.camera_id).calibration_matrix()))
-        pose = absolute_pose(
-            torch.from_numpy(np.concatenate(points)), torch.from_numpy(np.concatenate(pixels)), K, RESECTION_ERROR_PX
-        )
+        pose = _pose_of(new.camera(image.camera_id), np.concatenate(points), np.concatenate(pixels))
         if pose is not None and int(pose.inliers.sum()) >= MIN_RESECTED:
             rigid = pycolmap.Rigid3d(pose.cam_from_world[:3].numpy())
             new.frame(image.frame_id).set_cam_from_world(image.camera_id, rigid)
     return new
+
+
+def _pose_of(
+    camera: pycolmap.Camera, points: Float[np.ndarray, "n 3"], pixels: Float[np.ndarray, "n 2"]
+) -> AbsolutePose | None:
+    K = camera.calibration_matrix()
+    straight = straightened(pixels, K, lens_of(camera))
+    usable = np.isfinite(straight).all(axis=1)
+    return absolute_pose(*map(torch.from_numpy, (points[usable], straight[usable], K)), RESECTION_ERROR_PX)
 
 
 def _refine_and_share(

@@ -28,17 +28,24 @@ import torch
 from tqdm import tqdm
 
 from dust3r_sfm.alignment.attach import attached, in_frame_of
-from dust3r_sfm.alignment.refine import RefineConfig, Support, refine
+from dust3r_sfm.alignment.refine import RefineConfig, Support, refine, support
 from dust3r_sfm.alignment.tracks import TrackConfig, build_tracks
 from dust3r_sfm.export_scene import load_scene_views
 from dust3r_sfm.files import write_bytes
 from dust3r_sfm.formats.colmap import colmap_from_scene
-from dust3r_sfm.formats.colmap_scenes import DepthMaps, scene_from_colmap
+from dust3r_sfm.formats.colmap_scenes import DepthMaps, scene_from_colmap, seen_maps
 from dust3r_sfm.formats.matches import read_matches
 from dust3r_sfm.formats.pointmaps import hash_of
 from dust3r_sfm.formats.scenes import read_scenes, write_scenes
 from dust3r_sfm.formats.sparse_database import SparseMatches
-from dust3r_sfm.mapping import Model, map_from_alignment, map_incrementally, select_tracks, stored_per_net
+from dust3r_sfm.mapping import (
+    Model,
+    map_from_alignment,
+    map_incrementally,
+    select_tracks,
+    stored_per_net,
+    with_settled_lenses,
+)
 from dust3r_sfm.pairs import Matches, Pair
 from dust3r_sfm.scene import Scene, Tracks
 from dust3r_sfm.sparse_features import extract_sift, guide, within_masks
@@ -135,7 +142,7 @@ def refine_scenes(
     dense tracks alone. Known poses are held, and then COLMAP's mapping is not asked.
     """
     sparse = within_masks(sparse, views)
-    depth_maps = {n: (d, c) for s in scenes for n, d, c in zip(s.names, s.depth, s.confidence, strict=True)}
+    depth_maps = {name: maps for scene in scenes for name, maps in seen_maps(scene).items()}
     figures: dict[str, Any] = {"verified_pairs": len(sparse.geometries), "candidates": []}
     with tempfile.TemporaryDirectory(prefix=".refine", dir=folder) as work:
         trusts = []
@@ -157,6 +164,7 @@ def refine_scenes(
         figures["candidates"] += [{"origin": "mapping", "after": _figures(m.support)} for m in mapped]
         candidates += mapped
     chosen = choose(candidates)
+    chosen = [_settled(model, views, config) for model in chosen]
     refined = [_refined_scene(model, views, scenes, depth_maps, matches, tracks) for model in chosen]
     covered = {name for scene in refined for name in scene.names}
     refined += [_densely_refined(s, views, depth_maps, config) for s in scenes if not covered & set(s.names)]
@@ -189,6 +197,13 @@ def closing_line(refinement: Refinement) -> str:
     figures = refinement.figures
     origins = [f"{line['after']['verified_images']} images by {line['origin']}" for line in figures["chosen"]]
     return f"Refined over {figures['guided_pairs']} verified pairs: {', '.join(origins) or 'nothing verified'}."
+
+
+def _settled(model: Model, views: Sequence[View], config: RefineConfig) -> Model:
+    known = {view.name for view in views if view.known_K is not None}
+    posed = {view.name for view in views if view.known_cam_from_world is not None}
+    settled = with_settled_lenses(model, known, posed, config)
+    return Model(model.origin, settled, support(settled, config))
 
 
 def _refined_scene(
@@ -262,7 +277,8 @@ def _scene_key(scene: Scene) -> str:
 
 
 def _known_key(view: View) -> str:
-    return repr([None if x is None else x.tolist() for x in (view.known_K, view.known_cam_from_world)])
+    known = [None if x is None else x.tolist() for x in (view.known_K, view.known_cam_from_world)]
+    return repr([*known, view.lens])
 
 
 def _figures(support: Support) -> dict[str, Any]:

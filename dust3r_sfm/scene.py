@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Float, Int, UInt8
+import numpy as np
+from jaxtyping import Float, Float64, Int, UInt8
 from torch import Tensor
+
+from dust3r_sfm.geometry.camera import split_rotation
+from dust3r_sfm.geometry.lens import Lens, bent, straightened
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +33,8 @@ class Scene:
     """Cameras and depth of one connected component, in one world frame of arbitrary scale.
 
     `K`, `cam_from_world`, `depth` and `confidence` belong to the network images (upright,
-    corner origin); `net_from_img` leads back to the stored files, where exporters work.
+    corner origin, pinholes); `net_from_img` leads back to the stored files, where exporters
+    work, by way of the lens where an image has one.
     """
 
     names: tuple[str, ...]
@@ -42,12 +47,51 @@ class Scene:
     original_sizes: tuple[tuple[int, int], ...]
     """(width, height) of the stored files."""
     tracks: Tracks | None = None
+    lenses: tuple[Lens | None, ...] = ()
+    """The distortion of each stored file, which comes after `net_from_img`'s inverse; () where none has any."""
 
     def __post_init__(self) -> None:
         n = len(self.names)
         lengths = {f: len(getattr(self, f)) for f in ("K", "cam_from_world", "depth", "confidence", "net_from_img")}
-        if any(length != n for length in lengths.values()) or len(self.original_sizes) != n:
+        if any(length != n for length in lengths.values()) or {len(self.original_sizes), len(self.lenses) or n} != {n}:
             raise ValueError(f"a scene of {n} names has fields of other lengths: {lengths}")
         for name, depth, confidence in zip(self.names, self.depth, self.confidence, strict=True):
             if depth.shape != confidence.shape:
                 raise ValueError(f"{name}: depth is {tuple(depth.shape)}, confidence {tuple(confidence.shape)}")
+
+    def lens(self, index: int) -> Lens | None:
+        return self.lenses[index] if self.lenses else None
+
+    def K_img(self, index: int) -> Float64[np.ndarray, "3 3"]:  # noqa: N802
+        """Intrinsics of the pinhole behind a stored file, in its pixels."""
+        img_from_net = self.net_from_img[index].detach().cpu().double().inverse()
+        return split_rotation(img_from_net, self.K[index].detach().cpu().double())[0].numpy()
+
+    def net_from_stored(self, index: int, pixels: Float[np.ndarray, "n 2"]) -> Float64[np.ndarray, "n 2"]:
+        """Pixels of a stored file in the network image; NaN where its lens cannot say."""
+        affine = self.net_from_img[index].detach().cpu().double().numpy()
+        return straightened(pixels, self.K_img(index), self.lens(index)) @ affine[:2, :2].T + affine[:2, 2]
+
+    def stored_from_net(self, index: int, pixels: Float[np.ndarray, "n 2"]) -> Float64[np.ndarray, "n 2"]:
+        """Pixels of a network image in the stored file; NaN where its lens cannot say."""
+        affine = self.net_from_img[index].detach().cpu().double().inverse().numpy()
+        straight = np.asarray(pixels, dtype=np.float64) @ affine[:2, :2].T + affine[:2, 2]
+        return bent(straight, self.K_img(index), self.lens(index))
+
+    def net_from_seen(self, index: int, pixels: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n 2"]:
+        """Where pixels that the network saw lie in the pinhole's image: elsewhere under a lens found since."""
+        lens = self.lens(index)
+        if lens is None or lens.was_known:
+            return pixels
+        affine = self.net_from_img[index].detach().cpu().double().numpy()
+        to_stored = np.linalg.inv(affine)
+        stored = np.asarray(pixels, dtype=np.float64) @ to_stored[:2, :2].T + to_stored[:2, 2]
+        return straightened(stored, self.K_img(index), lens) @ affine[:2, :2].T + affine[:2, 2]
+
+    def seen_from_net(self, index: int, pixels: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n 2"]:
+        """The inverse of `net_from_seen`."""
+        lens = self.lens(index)
+        if lens is None or lens.was_known:
+            return pixels
+        affine = self.net_from_img[index].detach().cpu().double().numpy()
+        return self.stored_from_net(index, pixels) @ affine[:2, :2].T + affine[:2, 2]

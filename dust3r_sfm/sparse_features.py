@@ -80,8 +80,8 @@ def within_masks(sparse: SparseMatches, views: Sequence[View]) -> SparseMatches:
     usable = {}
     for view in views:
         if view.mask is not None and view.name in sparse.keypoints:
-            pixels = np.pad(sparse.keypoints[view.name], ((0, 0), (0, 1)), constant_values=1.0)
-            x, y = (pixels @ view.net_from_img.double().numpy().T)[:, :2].T.astype(int)
+            net = view.net_from_stored(sparse.keypoints[view.name])
+            x, y = np.where(np.isfinite(net), net, 0).T.astype(int)
             height, width = view.size
             usable[view.name] = view.mask.numpy()[y.clip(0, height - 1), x.clip(0, width - 1)]
     geometries = {}

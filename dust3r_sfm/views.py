@@ -24,6 +24,15 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from dust3r_sfm.errors import InputError
+from dust3r_sfm.geometry.lens import (
+    SAME_PX,
+    Lens,
+    bend_px,
+    bent,
+    straightened,
+    straightening_zoom,
+    zoomed_from_straight,
+)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".heic", ".heif")
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP")
@@ -40,6 +49,8 @@ DECODE_ERRORS = (
 
 EXIF_ROTATIONS = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270, 8: Image.Transpose.ROTATE_90}
 MIRRORED = (2, 4, 5, 7)
+OVERSAMPLING = 1.5
+"""Pixels of a photo, made smaller, for one of the network's, where a distorted one is sampled."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -58,22 +69,52 @@ class View:
     original_size: tuple[int, int]
     """(width, height) of the stored file."""
     net_from_img: Float[Tensor, "3 3"]
-    """float64 affine map."""
+    """float64 affine map. With a `lens` it takes pixels of a pinhole of the same K, and `image` has no distortion."""
     mask: Bool[Tensor, "h w"] | None = None
     """True where the photo may be used."""
     known_K: Float[Tensor, "3 3"] | None = None
     """Known intrinsics in pixels of the stored file."""
     known_cam_from_world: Float[Tensor, "4 4"] | None = None
     """Known pose of the camera of the stored file, OpenCV axes."""
+    lens: Lens | None = None
+    """The known distortion of the stored file, which comes with a known K."""
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of `image`."""
         return self.image.shape[0], self.image.shape[1]
 
+    def net_from_stored(self, pixels: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n 2"]:
+        """Pixels of the stored file in `image`; NaN where its lens cannot say."""
+        return _apply(self.net_from_img.numpy(), straightened(pixels, self._stored_K, self.lens))
+
+    def stored_from_net(self, pixels: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n 2"]:
+        """Pixels of `image` in the stored file; NaN where its lens cannot say."""
+        return bent(_apply(np.linalg.inv(self.net_from_img.numpy()), pixels), self._stored_K, self.lens)
+
+    @property
+    def _stored_K(self) -> Float[np.ndarray, "3 3"]:  # noqa: N802
+        return np.eye(3) if self.known_K is None else self.known_K.double().numpy()
+
     def normalized(self) -> Float[Tensor, "3 h w"]:
         """The image in [-1, 1], as `Dust3r.forward` takes it."""
         return self.image.permute(2, 0, 1).to(torch.float32) / 127.5 - 1
+
+
+class KnownCamera(NamedTuple):
+    """What is known of a stored file's camera."""
+
+    K: Float[Tensor, "3 3"] | None = None
+    """In pixels of the stored file."""
+    cam_from_world: Float[Tensor, "4 4"] | None = None
+    lens: Lens | None = None
+    """The distortion that goes with K; None for a pinhole."""
+    size: tuple[int, int] | None = None
+    """(width, height) of the file that K belongs to, where that is known."""
+
+
+KnownCameras = Mapping[str, KnownCamera]
+"""By image name."""
 
 
 class LoadedViews(NamedTuple):
@@ -104,13 +145,15 @@ def load_views(
     on_bad_image: Literal["error", "skip"] = "error",
     *,
     square_ok: bool = False,
+    cameras: KnownCameras | None = None,
 ) -> list[View]:
-    """Views of the images of a folder, or of `names` below it, in their order.
+    """Views of the images of a folder, or of `names` below it, in their order, with what is known of their cameras.
 
-    Images that cannot be used (broken, empty, under 32 pixels, mirrored, copies) raise one
+    Images of a known lens are freed of its distortion. Images that cannot be used (broken,
+    empty, under 32 pixels, mirrored, copies) raise one
     InputError that lists them all, or are left out; `read_views` gives their reasons too.
     """
-    views, rejected = read_views(image_dir, size, names, square_ok=square_ok)
+    views, rejected = read_views(image_dir, size, names, square_ok=square_ok, cameras=cameras)
     if rejected and (on_bad_image == "error" or not views):
         lines = [f"  {name} {reason}" for name, reason in rejected.items()]
         heading = f"{len(rejected)} of {len(views) + len(rejected)} images in {image_dir} cannot be used:"
@@ -120,7 +163,12 @@ def load_views(
 
 
 def read_views(
-    image_dir: Path | str, size: int, names: Sequence[str] | None = None, *, square_ok: bool = False
+    image_dir: Path | str,
+    size: int,
+    names: Sequence[str] | None = None,
+    *,
+    square_ok: bool = False,
+    cameras: KnownCameras | None = None,
 ) -> LoadedViews:
     """Views of all images that can be used, and the reasons of the others, from one reading of each file."""
     if names is None:
@@ -130,7 +178,8 @@ def read_views(
     if repeated:
         raise InputError(f"image names must be unique, but these are listed more than once: {', '.join(repeated)}")
     with _strict_pillow(), ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(partial(_try_load, image_dir, size=size, square_ok=square_ok), names))
+        load = partial(_try_load, image_dir, size=size, square_ok=square_ok, cameras=cameras or {})
+        results = list(pool.map(load, names))
     views, rejected, name_by_digest = [], {}, {}
     for name, (view_or_reason, digest) in zip(names, results, strict=True):
         if isinstance(view_or_reason, str):
@@ -142,25 +191,35 @@ def read_views(
     return LoadedViews(views, rejected)
 
 
-def load_view(path: Path | str, size: int, name: str | None = None, *, square_ok: bool = False) -> View:
+def load_view(
+    path: Path | str,
+    size: int,
+    name: str | None = None,
+    *,
+    square_ok: bool = False,
+    camera: KnownCamera = KnownCamera(),  # noqa: B008  frozen
+) -> View:
     """The view of one image file; its name is the file's unless given."""
     path = Path(path)
     try:
         with _strict_pillow():
-            return _load(_read(path), name or path.name, size, square_ok)
+            return _load(_read(path), name or path.name, size, square_ok, camera)
     except InputError as error:
         raise InputError(f"{path} {error}") from error
 
 
-def with_known_cameras(
-    views: Sequence[View],
-    cameras: Mapping[str, tuple[Float[Tensor, "3 3"] | None, Float[Tensor, "4 4"] | None]],
-) -> list[View]:
-    """The views with known (K, cam_from_world), each of the stored file and each may be None, for the named ones."""
+def with_known_cameras(views: Sequence[View], cameras: KnownCameras) -> list[View]:
+    """The views with known K and pose, each may be None, for the named ones.
+
+    A lens changes the image as well: `load_views` takes it.
+    """
     unknown = sorted(set(cameras) - {view.name for view in views})
     if unknown:
         raise InputError(f"cameras are given for images that are not there: {', '.join(unknown)}")
-    known = {name: {"known_K": K, "known_cam_from_world": pose} for name, (K, pose) in cameras.items()}
+    bending = [name for name, camera in cameras.items() if KnownCamera(*camera).lens is not None]
+    if bending:
+        raise ValueError(f"{bending[0]} has a lens: load_views takes it away while it reads the photo")
+    known = {name: {"known_K": K, "known_cam_from_world": pose} for name, (K, pose, *_) in cameras.items()}
     return [replace(view, **known.get(view.name, {})) for view in views]
 
 
@@ -207,14 +266,16 @@ def _existing_folder(image_dir: Path | str) -> Path:
     return image_dir
 
 
-def _try_load(image_dir: Path, name: str, *, size: int, square_ok: bool) -> tuple[View | str, bytes]:
+def _try_load(
+    image_dir: Path, name: str, *, size: int, square_ok: bool, cameras: KnownCameras
+) -> tuple[View | str, bytes]:
     """The view or the reason why there is none, and a digest of the file."""
     data = b""
     try:
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
             raise InputError("has control characters or bytes that are not UTF-8 in its name: rename it")
         data = _read(image_dir / name)
-        return _load(data, name, size, square_ok), hashlib.sha256(data).digest()
+        return _load(data, name, size, square_ok, cameras.get(name, KnownCamera())), hashlib.sha256(data).digest()
     except InputError as error:
         return str(error), b""
 
@@ -231,7 +292,7 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _load(data: bytes, name: str, size: int, square_ok: bool) -> View:
+def _load(data: bytes, name: str, size: int, square_ok: bool, camera: KnownCamera) -> View:
     try:
         image, orientation, is_upright = _decode(data)
     except UnidentifiedImageError:
@@ -244,7 +305,16 @@ def _load(data: bytes, name: str, size: int, square_ok: bool) -> View:
         raise InputError(f"is mirrored (EXIF orientation {orientation}), as no camera sees: save it unmirrored")
     if min(image.size) < MIN_SIDE:
         raise InputError(f"is {image.width} x {image.height} pixels: at least {MIN_SIDE} a side are needed")
-    return _view_from_pixels(image, orientation, is_upright, name, size, square_ok)
+    view = _view_from_pixels(image, orientation, is_upright, name, size, square_ok)
+    if camera.size is not None and camera.K is not None and camera.size != view.original_size:
+        sizes = [f"{w} x {h}" for w, h in (view.original_size, camera.size)]
+        raise InputError(f"is {sizes[0]} pixels, but its given camera is of {sizes[1]}: give the camera of this file")
+    view = replace(view, known_K=camera.K, known_cam_from_world=camera.cam_from_world)
+    if camera.lens is None or camera.K is None:
+        return view
+    upright_from_img = _upright_from_img(orientation, *view.original_size)
+    source_from_img = upright_from_img if is_upright else torch.eye(3, dtype=torch.float64)
+    return _straightened_view(view, image, source_from_img.numpy(), camera.lens)
 
 
 def _view_from_pixels(
@@ -269,6 +339,35 @@ def _view_from_pixels(
         original_size=stored_size,
         net_from_img=net_from_upright @ _upright_from_img(orientation, *stored_size),
     )
+
+
+def _straightened_view(view: View, image: Image.Image, source_from_img: Float64[np.ndarray, "3 3"], lens: Lens) -> View:
+    """The view of a photo without its distortion, as wide as the photo fills it, from its decoded pixels."""
+    K = view.known_K.double().numpy()
+    if bend_px(K, view.original_size, lens) <= SAME_PX:
+        return replace(view, lens=lens)
+    zoomed = zoomed_from_straight(K, straightening_zoom(K, view.original_size, lens))
+    view = replace(view, lens=lens, net_from_img=view.net_from_img @ torch.from_numpy(zoomed))
+    height, width = view.size
+    grid = np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), axis=-1).reshape(-1, 2)
+    stored = view.stored_from_net(grid)
+    if not np.isfinite(stored).all():
+        raise InputError(f"has a camera whose {lens.model} distortion cannot be undone: check its coefficients")
+    fineness = min(1.0, OVERSAMPLING * abs(np.linalg.det(view.net_from_img[:2, :2].numpy())) ** 0.5)
+    small = tuple(max(1, round(side * fineness)) for side in image.size)
+    source = _apply(source_from_img, stored) / image.size * 2 - 1
+    pixels = torch.from_numpy(np.array(image.resize(small, Image.Resampling.LANCZOS))).permute(2, 0, 1).float()
+    sampled = torch.nn.functional.grid_sample(
+        *(pixels[None], torch.from_numpy(source).float().reshape(1, height, width, 2)),
+        mode="bicubic",
+        padding_mode="border",
+        align_corners=False,
+    )
+    return replace(view, image=sampled[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).contiguous())
+
+
+def _apply(affine: Float64[np.ndarray, "3 3"], pixels: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n 2"]:
+    return pixels @ affine[:2, :2].T + affine[:2, 2]
 
 
 def _decode(data: bytes) -> tuple[Image.Image, int, bool]:

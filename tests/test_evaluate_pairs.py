@@ -16,6 +16,7 @@ from dust3r_sfm.evaluate_pairs import evaluate_pairs, load_dev_pairs
 from dust3r_sfm.formats.cameras_json import ReferenceFrame
 from dust3r_sfm.formats.dev_pairs import DevView, make_dev_pairs, make_dev_view
 from dust3r_sfm.geometry.camera import pixel_grid, project
+from dust3r_sfm.geometry.lens import Lens
 from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig, Tokens
 from dust3r_sfm.pairs import Pair, PairPrediction
 from dust3r_sfm.views import View
@@ -270,7 +271,11 @@ def test_lens_distortion_is_taken_out_of_the_keypoints(scenes):
     view = scenes[0].views[0]
     K = torch.linalg.inv(view.net_from_img) @ scenes[0].K[0].double()
     frame = ReferenceFrame(
-        name="a", size=view.original_size, K=K, cam_from_world=torch.eye(4).double(), distortion=(0.2, 0.0, 0.0, 0.0)
+        name="a",
+        size=view.original_size,
+        K=K,
+        cam_from_world=torch.eye(4).double(),
+        lens=Lens("OPENCV", (0.2, 0.0, 0.0, 0.0)),
     )
     dev = make_dev_view(view, frame, "s")
     normalized = (dev.keypoints - scenes[0].K[0, :2, 2]) / scenes[0].K[0].diagonal()[:2]

@@ -14,7 +14,15 @@ from PIL import Image, ImageFile, ImageOps
 
 from dust3r_sfm import views as views_module
 from dust3r_sfm.errors import InputError
-from dust3r_sfm.views import list_images, load_view, load_views, network_crop, read_views, with_known_cameras
+from dust3r_sfm.views import (
+    KnownCamera,
+    list_images,
+    load_view,
+    load_views,
+    network_crop,
+    read_views,
+    with_known_cameras,
+)
 
 SIZES = json.loads((Path(__file__).parent / "data" / "facts.json").read_text())["network_input_size_w_h"]
 ORIENTATION = 0x112
@@ -331,10 +339,10 @@ def test_known_cameras_go_to_their_views(tmp_path):
         save(tmp_path / name, texture(64, 48, seed=ord(name[0])))
     views = load_views(tmp_path, 64)
     K, pose = torch.eye(3) * 2, torch.eye(4) * 3
-    known = with_known_cameras(views, {"a.png": (K, None), "c.png": (None, pose)})
+    known = with_known_cameras(views, {"a.png": KnownCamera(K), "c.png": KnownCamera(None, pose)})
     assert [view.name for view in known] == ["a.png", "b.png", "c.png"]
     assert torch.equal(known[0].known_K, K)
     assert known[0].known_cam_from_world is known[1].known_K is known[2].known_K is None
     assert torch.equal(known[2].known_cam_from_world, pose)
     with pytest.raises(InputError, match="not there: d.png, e.png"):
-        with_known_cameras(views, {"e.png": (K, None), "a.png": (K, pose), "d.png": (K, None)})
+        with_known_cameras(views, dict.fromkeys(["e.png", "a.png", "d.png"], KnownCamera(K, pose)))

@@ -122,6 +122,7 @@ def _align_component(
         depth=tuple(d * factor for d in depth),
         confidence=tuple(confidence),
         net_from_img=torch.stack([view.net_from_img for view in views]),
+        lenses=tuple(view.lens for view in views),
         original_sizes=tuple(view.original_size for view in views),
     )
 

@@ -77,6 +77,7 @@ def attached(scene: Scene, aligned: Scene) -> Scene:
         net_from_img=torch.cat([scene.net_from_img, aligned.net_from_img[missing].to(scene.net_from_img)]),
         original_sizes=(*scene.original_sizes, *(aligned.original_sizes[i] for i in missing)),
         tracks=scene.tracks,
+        lenses=(*map(scene.lens, range(len(scene.names))), *map(aligned.lens, missing)),
     )
 
 

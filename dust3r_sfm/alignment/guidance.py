@@ -52,9 +52,9 @@ class Trust:
 
 def predict(scene: Scene, image0: int, image1: int, keypoints0: np.ndarray) -> Prediction:
     """Keypoints of one image, carried into another through depth and poses; both by index."""
-    poses, K, net_from_img = (t.double() for t in (scene.cam_from_world, scene.K, scene.net_from_img))
-    homogeneous = torch.nn.functional.pad(torch.from_numpy(keypoints0), (0, 1), value=1.0)
-    net = homogeneous @ net_from_img[image0].T
+    poses, K = (t.double() for t in (scene.cam_from_world, scene.K))
+    net = torch.from_numpy(scene.net_from_stored(image0, keypoints0)).double()
+    net = torch.nn.functional.pad(net, (0, 1), value=1.0)
     depth, confidence, inside = _lookup(scene, image0, net[:, :2])
     in_cam0 = (net @ torch.linalg.inv(K[image0]).T) * depth[:, None]
     cam1_from_cam0 = poses[image1] @ inverse(poses[image0])
@@ -62,10 +62,17 @@ def predict(scene: Scene, image0: int, image1: int, keypoints0: np.ndarray) -> P
     net1 = in_cam1 @ K[image1].T
     net1 = net1 / net1[:, 2:].clamp(min=1e-12)
     depth1, confidence1, inside1 = _lookup(scene, image1, net1[:, :2])
-    pixels = net1 @ torch.linalg.inv(net_from_img[image1]).T
-    visible = inside & inside1 & (in_cam1[:, 2] > 0) & (depth > 0) & (in_cam1[:, 2] < (1 + OCCLUSION) * depth1)
+    pixels = scene.stored_from_net(image1, net1[:, :2].numpy())
+    visible = (
+        torch.from_numpy(np.isfinite(pixels).all(axis=1))
+        & inside
+        & inside1
+        & (in_cam1[:, 2] > 0)
+        & (depth > 0)
+        & (in_cam1[:, 2] < (1 + OCCLUSION) * depth1)
+    )
     confident = (confidence >= _usual(scene, image0)) & (confidence1 >= _usual(scene, image1))
-    return Prediction(pixels[:, :2].numpy(), (visible & confident).numpy())
+    return Prediction(np.where(np.isfinite(pixels), pixels, -1e6), (visible & confident).numpy())
 
 
 def trust(scene: Scene, verified: Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]) -> Trust:

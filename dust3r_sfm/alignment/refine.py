@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pycolmap
 
+from dust3r_sfm.geometry.lens import PINHOLES, Lens, bend_px, camera_with_lens, lens_of
 from dust3r_sfm.scene import Tracks
 
 MIN_VERIFIED = 30
@@ -19,7 +22,9 @@ FOCAL_BOUNDS = (0.2, 10.0)
 WORSE = 0.98
 """Adjusting must leave at least this share of the score: points of small angles are dropped on purpose."""
 MIN_BEND_PX = 0.5
-"""Radial distortion that moves no pixel of an image further is left out of its model."""
+"""Distortion that moves no pixel of an image further is left out of its model."""
+CameraModel = Literal["SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV"]
+NO_DISTORTION = {"SIMPLE_RADIAL": (0.0,), "RADIAL": (0.0, 0.0), "OPENCV": (0.0, 0.0, 0.0, 0.0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,8 @@ class RefineConfig:
     """Times that all is adjusted and what does not fit is dropped; earlier rounds tolerate larger errors."""
     max_iters: int = 50
     """Steps of the solver in a round."""
+    camera_model: CameraModel = "SIMPLE_RADIAL"
+    """The model of cameras whose intrinsics are not known; distortion that moves no pixel by half is left out."""
 
 
 @dataclass(frozen=True)
@@ -154,26 +161,37 @@ def with_shared_cameras(reconstruction: pycolmap.Reconstruction) -> pycolmap.Rec
     return rebuilt(reconstruction, cameras, camera_of)
 
 
-def with_radial_distortion(reconstruction: pycolmap.Reconstruction, names: Collection[str]) -> None:
-    """Turn the SIMPLE_PINHOLE cameras of the named images into SIMPLE_RADIAL ones, in place."""
+def with_distortion(
+    reconstruction: pycolmap.Reconstruction, names: Collection[str], model: str = "SIMPLE_RADIAL"
+) -> None:
+    """Turn the SIMPLE_PINHOLE cameras of the named images into ones of another model that bends nothing, in place."""
     for image in reconstruction.images.values():
         camera = reconstruction.camera(image.camera_id)
-        if image.name in names and camera.model == pycolmap.CameraModelId.SIMPLE_PINHOLE:
-            params = [*camera.params, 0.0]
-            camera.model = pycolmap.CameraModelId.SIMPLE_RADIAL
-            camera.params = params
+        if image.name in names and camera.model == pycolmap.CameraModelId.SIMPLE_PINHOLE and model not in PINHOLES:
+            K, size = camera.calibration_matrix(), (camera.width, camera.height)
+            _become(camera, camera_with_lens(K, size, Lens(model, NO_DISTORTION[model])))
 
 
-def without_needless_distortion(reconstruction: pycolmap.Reconstruction) -> None:
-    """Turn SIMPLE_RADIAL cameras that bend no pixel by more than `MIN_BEND_PX` into SIMPLE_PINHOLE, in place."""
-    for camera in reconstruction.cameras.values():
-        if camera.model != pycolmap.CameraModelId.SIMPLE_RADIAL:
-            continue
-        focal, cx, cy, k1 = camera.params
-        radius = np.hypot(max(cx, camera.width - cx), max(cy, camera.height - cy)) / focal
-        if abs(k1) * radius**3 * focal <= MIN_BEND_PX:
-            camera.model = pycolmap.CameraModelId.SIMPLE_PINHOLE
-            camera.params = [focal, cx, cy]
+def without_needless_distortion(reconstruction: pycolmap.Reconstruction, names: Collection[str]) -> bool:
+    """Turn cameras of the named images whose distortion is none into SIMPLE_PINHOLE ones, in place; whether any was.
+
+    It bends no pixel by more than `MIN_BEND_PX`, or folds the image: a polynomial that few points hold.
+    """
+    changed = False
+    for camera_id in {image.camera_id for image in reconstruction.images.values() if image.name in names}:
+        camera = reconstruction.camera(camera_id)
+        K, size, lens = camera.calibration_matrix(), (camera.width, camera.height), lens_of(camera)
+        if lens is not None and not MIN_BEND_PX < bend_px(K, size, lens) < math.inf:
+            K[0, 0] = K[1, 1] = camera.mean_focal_length()
+            _become(camera, camera_with_lens(K, size))
+            changed = True
+    return changed
+
+
+def _become(camera: pycolmap.Camera, other: pycolmap.Camera) -> None:
+    params = list(other.params)
+    camera.model = other.model
+    camera.params = params
 
 
 def with_tracks(

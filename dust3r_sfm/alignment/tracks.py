@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
@@ -93,14 +93,27 @@ def _merge(scene: Scene, matches: Mapping[Pair, Matches], min_length: int) -> Ob
 
     order = np.lexsort((-scores, image, track))
     chosen = order[np.diff(track[order] * len(scene.names) + image[order], prepend=-1) != 0]
-    merged = Observations(*(torch.from_numpy(a[chosen]) for a in (track.astype(np.int64), image, keypoints, scores)))
-    return merged.select(torch.ones(len(chosen), dtype=torch.bool), min_length)[0]
+    arrays = [a[chosen] for a in (track.astype(np.int64), image, keypoints, scores)]
+    arrays[2] = _by_image(scene.net_from_seen, arrays[1], arrays[2])
+    merged = Observations(*map(torch.from_numpy, arrays))
+    return merged.select(merged.keypoints.isfinite().all(dim=1), min_length)[0]
+
+
+def _by_image(
+    function: Callable[[int, np.ndarray], np.ndarray], image: np.ndarray, keypoints: np.ndarray
+) -> Float64[np.ndarray, "n 2"]:
+    """The result of a function of an image's index and pixels, for pixels of many images."""
+    result = np.zeros((len(keypoints), 2))
+    for index in np.unique(image):
+        result[image == index] = function(int(index), keypoints[image == index])
+    return result
 
 
 def _tracks(scene: Scene, observations: Observations, points: Float[Tensor, "t 3"], views: Sequence[View]) -> Tracks:
     """Observations in pixels of the stored files, with the points' mean errors there and their colours."""
     img_from_net = torch.linalg.inv(scene.net_from_img.cpu().double())[observations.image]
-    linear, shift = img_from_net[:, :2, :2], img_from_net[:, :2, 2]
+    linear = img_from_net[:, :2, :2]
+    stored = _by_image(scene.stored_from_net, observations.image.numpy(), observations.keypoints.numpy())
     residuals = reprojection_residuals(scene, observations, points)
     errors = torch.linalg.vector_norm((linear @ residuals[..., None])[..., 0], dim=-1)
     return Tracks(
@@ -109,7 +122,7 @@ def _tracks(scene: Scene, observations: Observations, points: Float[Tensor, "t 3
         errors=observations.mean(errors).float(),
         point_indices=observations.track,
         image_indices=observations.image,
-        keypoints=((linear @ observations.keypoints[..., None])[..., 0] + shift).float(),
+        keypoints=torch.from_numpy(stored).float(),
     )
 
 
@@ -121,7 +134,8 @@ def _colors(scene: Scene, observations: Observations, views: Sequence[View]) -> 
         here = (observations.image == index).nonzero()[:, 0]
         image = view_of[name].image.cpu().double().permute(2, 0, 1)
         # grid_sample's corner convention (align_corners=False) is that of our pixels.
-        grid = observations.keypoints[here] / torch.tensor([image.shape[2], image.shape[1]]) * 2 - 1
+        seen = torch.from_numpy(scene.seen_from_net(index, observations.keypoints[here].numpy()))
+        grid = seen / torch.tensor([image.shape[2], image.shape[1]]) * 2 - 1
         sampled = torch.nn.functional.grid_sample(
             image[None], grid[None, None], padding_mode="border", align_corners=False
         )

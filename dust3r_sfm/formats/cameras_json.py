@@ -2,7 +2,8 @@
 
 Its `frames` give for each image `image` (path relative to the scene folder), `width`, `height`, and where
 known `K` (pixels of the stored file, corner origin), `cam_from_world` (4x4, OpenCV axes),
-`opencv_distortion_k1_k2_p1_p2`, and `depth` (a 16-bit PNG) with `depth_scale` (its values in one metre).
+`opencv_distortion_k1_k2_p1_p2` or, of any other of COLMAP's camera models, `camera_model` (such as OPENCV_FISHEYE) and
+`distortion` (its coefficients), and `depth` (a 16-bit PNG) with `depth_scale` (its values in one metre).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dust3r_sfm.errors import InputError
+from dust3r_sfm.geometry.lens import PINHOLES, Lens, camera_with_lens, straightened
 
 IMAGE_FOLDER = "images"
 
@@ -33,8 +35,8 @@ class ReferenceFrame:
     """(width, height)."""
     K: Float[Tensor, "3 3"] | None = None
     cam_from_world: Float[Tensor, "4 4"] | None = None
-    distortion: tuple[float, float, float, float] | None = None
-    """OpenCV's k1, k2, p1, p2; None for a pinhole camera."""
+    lens: Lens | None = None
+    """None for a pinhole camera."""
     depth_path: Path | None = None
     depth_scale: float = 1.0
 
@@ -70,16 +72,10 @@ def undistort(frame: ReferenceFrame, pixels: Float[Tensor, "*b 2"]) -> Float[Ten
 
     NaN where the distortion's polynomial cannot be inverted, as towards the corners of strongly distorted images.
     """
-    if frame.distortion is None or frame.K is None:
+    if frame.lens is None or frame.K is None:
         return pixels
-    import pycolmap
-
-    K = frame.K.numpy()
-    params = [K[0, 0], K[1, 1], K[0, 2], K[1, 2], *frame.distortion]
-    camera = pycolmap.Camera(model="OPENCV", width=frame.size[0], height=frame.size[1], params=params)
-    normalized = torch.from_numpy(camera.cam_from_img(pixels.reshape(-1, 2).double().numpy()))
-    pinhole = normalized.reshape(pixels.shape) * frame.K.diagonal()[:2] + frame.K[:2, 2]
-    return pinhole.to(pixels.dtype)
+    pinhole = straightened(pixels.reshape(-1, 2).double().numpy(), frame.K.numpy(), frame.lens)
+    return torch.from_numpy(pinhole).reshape(pixels.shape).to(pixels.dtype)
 
 
 def read_depth(frame: ReferenceFrame) -> Float[Tensor, "h w"] | None:
@@ -99,19 +95,28 @@ def read_depth(frame: ReferenceFrame) -> Float[Tensor, "h w"] | None:
 
 
 def _frame(frame: dict[str, Any], name: str, folder: Path) -> ReferenceFrame:
-    distortion = frame.get("opencv_distortion_k1_k2_p1_p2")
-    if distortion is not None:
-        k1, k2, p1, p2 = (float(x) for x in distortion)
-        distortion = (k1, k2, p1, p2) if any((k1, k2, p1, p2)) else None
     return ReferenceFrame(
         name=name,
         size=(int(frame["width"]), int(frame["height"])),
         K=_matrix(frame.get("K"), 3),
         cam_from_world=_matrix(frame.get("cam_from_world"), 4),
-        distortion=distortion,
+        lens=_lens(frame),
         depth_path=folder / frame["depth"] if frame.get("depth") else None,
         depth_scale=float(frame.get("depth_scale", 1.0)),
     )
+
+
+def _lens(frame: dict[str, Any]) -> Lens | None:
+    coefficients = frame.get("opencv_distortion_k1_k2_p1_p2")
+    if coefficients is not None:
+        k1, k2, p1, p2 = (float(x) for x in coefficients)
+        return Lens("OPENCV", (k1, k2, p1, p2)) if any((k1, k2, p1, p2)) else None
+    model = frame.get("camera_model", "PINHOLE")
+    if model in PINHOLES:
+        return None
+    lens = Lens(model, tuple(float(x) for x in frame["distortion"]))
+    camera_with_lens(np.eye(3), (1, 1), lens)  # ValueError where there is no such model or it has other coefficients
+    return lens
 
 
 def _matrix(values: Any, size: int) -> Float[Tensor, "n n"] | None:

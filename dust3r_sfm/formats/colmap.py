@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import shutil
@@ -17,10 +18,8 @@ from torch import Tensor
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.formats.colmap_files import PARTS, check_binary_model, model_files
 from dust3r_sfm.geometry.camera import split_rotation
+from dust3r_sfm.geometry.lens import Lens, camera_with_lens
 from dust3r_sfm.scene import Scene, Tracks
-
-SQUARE_PIXELS = 1e-6
-"""Focal lengths of x and y that differ relatively by less are one: SIMPLE_PINHOLE."""
 
 
 def write_colmap(
@@ -112,7 +111,7 @@ def colmap_from_scene(
     if not (K.isfinite().all() and cam_from_world.isfinite().all()):
         raise ValueError("a scene with cameras that are not finite has no COLMAP model")
     reconstruction = pycolmap.Reconstruction()
-    camera_ids = _add_cameras(reconstruction, K, scene.original_sizes, shared_camera, first_id)
+    camera_ids = _add_cameras(reconstruction, K, scene, shared_camera, first_id)
     keypoints = _keypoints_by_image(scene)
     for index, (name, camera_id) in enumerate(zip(scene.names, camera_ids, strict=True)):
         xy = np.concatenate([keypoints[index], (more_keypoints or {}).get(name, np.zeros((0, 2)))])
@@ -128,22 +127,21 @@ def colmap_from_scene(
 def _add_cameras(
     reconstruction: pycolmap.Reconstruction,
     K: Float[Tensor, "n 3 3"],
-    sizes: tuple[tuple[int, int], ...],
+    scene: Scene,
     shared_camera: bool,
     first_id: int,
 ) -> list[int]:
     """Ids of the images' cameras, from `first_id` in the order of first use."""
     groups: dict[object, list[int]] = {}
-    for index, size in enumerate(sizes):
-        groups.setdefault(size if shared_camera else index, []).append(index)
-    camera_ids = [0] * len(sizes)
+    for index, size in enumerate(scene.original_sizes):
+        lens = scene.lens(index)
+        groups.setdefault((size, lens and lens.model) if shared_camera else index, []).append(index)
+    camera_ids = [0] * len(scene.names)
     for camera_id, members in enumerate(groups.values(), start=first_id):
         # The mean of the middle two: torch's median would take the lower.
-        fx, fy, cx, cy = K[members][:, [0, 1, 0, 1], [0, 1, 2, 2]].quantile(0.5, dim=0).tolist()
-        square = abs(fx - fy) <= SQUARE_PIXELS * fx
-        model, params = ("SIMPLE_PINHOLE", [fx, cx, cy]) if square else ("PINHOLE", [fx, fy, cx, cy])
-        width, height = sizes[members[0]]
-        camera = pycolmap.Camera(camera_id=camera_id, model=model, width=width, height=height, params=params)
+        middle = K[members].quantile(0.5, dim=0).numpy()
+        lens = _middle_lens([scene.lens(i) for i in members])
+        camera = camera_with_lens(middle, scene.original_sizes[members[0]], lens, camera_id)
         assert camera.verify_params()
         reconstruction.add_camera(camera)
         rig = pycolmap.Rig(rig_id=camera_id)  # pycolmap 3.13 has no call that adds both
@@ -152,6 +150,14 @@ def _add_cameras(
         for index in members:
             camera_ids[index] = camera_id
     return camera_ids
+
+
+def _middle_lens(lenses: Sequence[Lens | None]) -> Lens | None:
+    """The median coefficients of lenses of one model."""
+    if lenses[0] is None:
+        return None
+    coefficients = np.median([lens.coefficients for lens in lenses], axis=0)
+    return dataclasses.replace(lenses[0], coefficients=tuple(coefficients.tolist()))
 
 
 def _order_by_image(tracks: Tracks) -> np.ndarray:

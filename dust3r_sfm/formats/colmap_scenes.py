@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pycolmap
@@ -10,8 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dust3r_sfm.formats.depths import remapped
 from dust3r_sfm.geometry.camera import split_rotation, transform_K
 from dust3r_sfm.geometry.colmap_types import transform_from_rigid3d
+from dust3r_sfm.geometry.lens import lens_of
 from dust3r_sfm.geometry.transforms import inverse
 from dust3r_sfm.scene import Scene, Tracks
 from dust3r_sfm.views import View
@@ -20,7 +23,7 @@ MIN_DEPTHS = 10
 """Points that an image must see for its depth map to be scaled by them alone."""
 
 DepthMaps = Mapping[str, tuple[Float[Tensor, "_h _w"], Float[Tensor, "_h _w"]]]
-"""By image name, depth and confidence of the network image; depths in any unit, one for all or not."""
+"""By image name, depth and confidence of the image that the network saw; depths in any unit, one for all or not."""
 
 
 def scene_from_colmap(reconstruction: pycolmap.Reconstruction, views: Sequence[View], depth_maps: DepthMaps) -> Scene:
@@ -28,7 +31,7 @@ def scene_from_colmap(reconstruction: pycolmap.Reconstruction, views: Sequence[V
 
     Depth maps are scaled to the points that their image sees (the median ratio; the median
     over images where it sees too few). Images without one get depth and confidence 0.
-    Lens distortion stays with the model: a scene's `K` is that of the pinhole behind it.
+    Where the model has found a distortion they go to the pixels of the pinhole behind it.
     """
     ids = {image.name: i for i, image in reconstruction.images.items() if image.has_pose}
     views = [view for view in views if view.name in ids]
@@ -48,8 +51,34 @@ def scene_from_colmap(reconstruction: pycolmap.Reconstruction, views: Sequence[V
         net_from_img=net_from_img,
         original_sizes=tuple(view.original_size for view in views),
         tracks=tracks_of(reconstruction, [ids[view.name] for view in views]),
+        lenses=tuple(lens_of(c, view.lens is not None) for c, view in zip(cameras, views, strict=True)),
     )
-    return _with_depth(scene, depth_maps)
+    return _with_depth(scene, {name: _straight_maps(scene, i, depth_maps) for i, name in enumerate(scene.names)})
+
+
+def seen_maps(scene: Scene) -> dict[str, tuple[Float[Tensor, "_h _w"], Float[Tensor, "_h _w"]]]:
+    """The depth and confidence of a scene's images on the pixels that the network saw."""
+    maps = {}
+    for i, name in enumerate(scene.names):
+        maps[name] = scene.depth[i], scene.confidence[i]
+        if has_found_lens(scene, i):
+            maps[name] = remapped(maps[name], partial(scene.net_from_seen, i))
+    return maps
+
+
+def has_found_lens(scene: Scene, index: int) -> bool:
+    """Whether an image's distortion was found after the network had seen the image with it."""
+    lens = scene.lens(index)
+    return lens is not None and not lens.was_known
+
+
+def _straight_maps(
+    scene: Scene, index: int, depth_maps: DepthMaps
+) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]] | None:
+    maps = depth_maps.get(scene.names[index])
+    if maps is None or not has_found_lens(scene, index):
+        return maps
+    return remapped(maps, partial(scene.seen_from_net, index))
 
 
 def tracks_of(reconstruction: pycolmap.Reconstruction, image_ids: Sequence[int]) -> Tracks:
@@ -80,16 +109,16 @@ def tracks_of(reconstruction: pycolmap.Reconstruction, image_ids: Sequence[int])
     )
 
 
-def _with_depth(scene: Scene, depth_maps: DepthMaps) -> Scene:
+def _with_depth(scene: Scene, depth_maps: Mapping[str, tuple[Tensor, Tensor] | None]) -> Scene:
     ratios = [
-        _depth_ratios(scene, index, *depth_maps[name]) if name in depth_maps else torch.zeros(0)
+        _depth_ratios(scene, index, *depth_maps[name]) if depth_maps[name] is not None else torch.zeros(0)
         for index, name in enumerate(scene.names)
     ]
     every = torch.cat(ratios)
     usual = float(every.median()) if len(every) else 1.0
     depth, confidence = list(scene.depth), list(scene.confidence)
     for index, name in enumerate(scene.names):
-        if name in depth_maps:
+        if depth_maps[name] is not None:
             own = ratios[index]
             depth[index] = depth_maps[name][0] * (float(own.median()) if len(own) >= MIN_DEPTHS else usual)
             confidence[index] = depth_maps[name][1]
@@ -102,8 +131,8 @@ def _depth_ratios(
     """Depth of the points that an image sees over that of its depth map there."""
     tracks = scene.tracks
     here = tracks.image_indices == index
-    pixels = torch.nn.functional.pad(tracks.keypoints[here].double(), (0, 1), value=1.0) @ scene.net_from_img[index].T
-    x, y = pixels[:, :2].long().unbind(-1)
+    pixels = scene.net_from_stored(index, tracks.keypoints[here].double().numpy())
+    x, y = torch.from_numpy(np.where(np.isfinite(pixels), pixels, -1)).floor().long().unbind(-1)
     height, width = depth.shape
     inside = (x >= 0) & (y >= 0) & (x < width) & (y < height)
     pose = scene.cam_from_world[index]

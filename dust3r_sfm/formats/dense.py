@@ -12,7 +12,7 @@ from jaxtyping import Float, Float32
 from dust3r_sfm.files import write_bytes
 from dust3r_sfm.formats.colmap import colmap_from_scene, write_model
 from dust3r_sfm.formats.depths import EDGE_RATIO, DepthMap, Masks, depth_map
-from dust3r_sfm.formats.images import copy_images
+from dust3r_sfm.formats.undistortion import pinhole_scene, place_pinhole_images
 from dust3r_sfm.geometry.camera import unproject
 from dust3r_sfm.scene import Scene
 
@@ -24,10 +24,11 @@ NUM_SOURCES = 20
 def write_dense(scene: Scene, image_dir: Path, folder: Path, masks: Masks | None = None) -> None:
     """Writes `images/`, `sparse/` and `stereo/` with geometric depth and normal maps, ready for stereo_fusion.
 
-    The scene's cameras have no distortion, so the images are the stored files. Depth maps are
-    as fine as the network saw the images: COLMAP scales its cameras to them.
+    The images are the stored files or, under a lens, what a pinhole would have taken. Depth
+    maps are as fine as the network saw the images: COLMAP scales its cameras to them.
     """
-    copy_images({name: name for name in scene.names}, image_dir, folder / "images")
+    place_pinhole_images(scene, {name: name for name in scene.names}, image_dir, folder / "images")
+    scene = pinhole_scene(scene)
     write_model(_pinhole(colmap_from_scene(scene)), folder / "sparse")
     stereo = folder / "stereo"
     for kind in ("depth_maps", "normal_maps", "consistency_graphs"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from dust3r_sfm.files import write_bytes
-from dust3r_sfm.geometry.camera import split_rotation
 from dust3r_sfm.scene import Scene
 
 EDGE_RATIO = 1.05
@@ -36,7 +35,7 @@ class DepthMap:
     """z along the optical axis at the cells' centres."""
     confidence: Float32[np.ndarray, "h w"]
     K: Float64[np.ndarray, "3 3"]
-    """Intrinsics in the grid's cells, corner origin."""
+    """Intrinsics in the grid's cells, corner origin; those of the pinhole behind a lens."""
 
 
 def depth_map(
@@ -51,18 +50,29 @@ def depth_map(
     fineness = float(torch.linalg.det(net_from_img[:2, :2]).abs().sqrt()) if size == "network" else 1.0
     w, h = (max(1, round(side * fineness)) for side in (width, height))
     grid_from_img = torch.diag(torch.tensor([w / width, h / height, 1.0], dtype=torch.float64))
-    net_from_grid = (net_from_img @ torch.linalg.inv(grid_from_img)).numpy()
-    x, y = np.meshgrid(np.arange(w) + 0.5, np.arange(h) + 0.5)
-    x, y = (net_from_grid[k, 0] * x + net_from_grid[k, 1] * y + net_from_grid[k, 2] for k in (0, 1))
+    grid = np.stack(np.meshgrid((np.arange(w) + 0.5) * width / w, (np.arange(h) + 0.5) * height / h), axis=-1)
+    x, y = scene.net_from_stored(index, grid.reshape(-1, 2)).reshape(grid.shape).transpose(2, 0, 1)
 
     depth = scene.depth[index].detach().cpu().float().numpy()
     usable = np.isfinite(depth) & (depth > 0)
     if mask is not None:
         usable &= mask.cpu().numpy()
-    sampled, nearest = _sample(np.where(usable, depth, 0), x, y)
+    sampled, nearest = sample_depth(np.where(usable, depth, 0), x, y)
     confidence = scene.confidence[index].detach().cpu().float().numpy()[nearest] * (sampled > 0)
-    K_img, _ = split_rotation(torch.linalg.inv(net_from_img), scene.K[index].detach().cpu().double())
-    return DepthMap(sampled, confidence.astype(np.float32), (grid_from_img @ K_img).numpy())
+    return DepthMap(sampled, confidence.astype(np.float32), grid_from_img.numpy() @ scene.K_img(index))
+
+
+def remapped(
+    maps: tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]],
+    source_from_target: Callable[[Float[np.ndarray, "n 2"]], Float[np.ndarray, "n 2"]],
+) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
+    """Depth and confidence on pixels that lie elsewhere in the maps that are given; 0 where they lie outside."""
+    depth, confidence = (m.detach().cpu().float().numpy() for m in maps)
+    height, width = depth.shape
+    grid = np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), axis=-1).reshape(-1, 2)
+    x, y = source_from_target(grid).reshape(height, width, 2).transpose(2, 0, 1)
+    sampled, nearest = sample_depth(np.where(np.isfinite(depth), depth, 0), x, y)
+    return torch.from_numpy(sampled), torch.from_numpy(confidence[nearest] * (sampled > 0))
 
 
 def write_depths(
@@ -98,12 +108,13 @@ def write_map(path: Path, values: Float[np.ndarray, "h w"]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def _sample(
+def sample_depth(
     depth: Float32[np.ndarray, "h0 w0"], x: Float64[np.ndarray, "h w"], y: Float64[np.ndarray, "h w"]
 ) -> tuple[Float32[np.ndarray, "h w"], tuple[np.ndarray, np.ndarray]]:
-    """Depth at pixels (x, y), 0 outside; and the (row, column) of the pixels that hold them."""
+    """Depth at pixels (x, y), 0 outside and where they are NaN; and the (row, column) of the pixels that hold them."""
     height, width = depth.shape
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    x, y = np.where(inside, x, 0), np.where(inside, y, 0)
     nearest = np.clip(y, 0, height - 1).astype(int), np.clip(x, 0, width - 1).astype(int)
     left, top = np.floor(x - 0.5).astype(int), np.floor(y - 0.5).astype(int)
     right_share, bottom_share = x - 0.5 - left, y - 0.5 - top

@@ -99,5 +99,4 @@ def _matches(view_of: Mapping[str, View], indexed: IndexedMatches, matches: Mapp
 
 def _hloc_pixels(view: View, xy: Float32[np.ndarray, "n 2"]) -> Float32[np.ndarray, "n 2"]:
     """Network pixels, corner origin, in the stored file and from the first pixel's centre."""
-    img_from_net = np.linalg.inv(view.net_from_img.numpy())
-    return (xy @ img_from_net[:2, :2].T + img_from_net[:2, 2] - 0.5).astype(np.float32)
+    return (view.stored_from_net(xy) - 0.5).astype(np.float32)

@@ -48,7 +48,7 @@ def copy_images(names: Mapping[str, str], image_dir: Path, folder: Path) -> None
             raise InputError(f"there is no image {source}: expected the photos that the scene was made of")
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.suffix.lower() != target.suffix.lower():
-            write_bytes(target, _encoded(_decoded(source), ".png"))
+            write_bytes(target, encoded(decoded(source), ".png"))
         elif not _is_copy(source, target):
             with replacing(target) as temporary:
                 shutil.copyfile(source, temporary)
@@ -60,19 +60,19 @@ def copy_images(names: Mapping[str, str], image_dir: Path, folder: Path) -> None
 def shrink_images(names: Sequence[str], folder: Path, target: Path, factor: int) -> None:
     """Writes the photos of `folder` to `target` at a `factor`-th of their sizes, rounded down, under the same names."""
     for name in names:
-        image = _decoded(folder / name)
+        image = decoded(folder / name)
         size = tuple(max(1, side // factor) for side in image.size)
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(target / name, _encoded(image.resize(size, Image.Resampling.LANCZOS), Path(name).suffix))
+        write_bytes(target / name, encoded(image.resize(size, Image.Resampling.LANCZOS), Path(name).suffix))
     _remove_others(target, set(names))
 
 
-def _decoded(path: Path) -> Image.Image:
+def decoded(path: Path) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB")
 
 
-def _encoded(image: Image.Image, suffix: str) -> bytes:
+def encoded(image: Image.Image, suffix: str) -> bytes:
     kind = Image.registered_extensions()[suffix.lower()]
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **SAVING.get(kind, {}))

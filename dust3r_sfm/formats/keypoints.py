@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float, Float32, Int64, UInt32
 
 from dust3r_sfm.pairs import Matches, Pair
@@ -69,6 +70,7 @@ def index_scenes(scenes: Sequence[Scene], matches: Mapping[Pair, Matches] | None
     """The matches between images of scenes and those that their tracks imply; the tracks' observations come first."""
     given = {name: xy for scene in scenes for name, xy in keypoints_of_tracks(scene).items()}
     inside = {p: m for p, m in (matches or {}).items() if p.name0 in given and p.name1 in given}
+    inside = straight_matches(scenes, inside)
     indexed = index_matches(inside, given=given)
     indices, scores = indexed.indices, indexed.match_scores
     for pair, rows in ((p, r) for scene in scenes for p, r in matches_of_tracks(scene).items()):
@@ -82,6 +84,23 @@ def index_scenes(scenes: Sequence[Scene], matches: Mapping[Pair, Matches] | None
     return indexed
 
 
+def straight_matches(scenes: Sequence[Scene], matches: Mapping[Pair, Matches]) -> dict[Pair, Matches]:
+    """Matches between images of scenes in the scenes' pinhole pixels: as they are but under a lens found since."""
+    scene_of = {name: (scene, i) for scene in scenes for i, name in enumerate(scene.names)}
+    found = dict(matches)
+    for pair, match in matches.items():
+        lenses = [scene_of[name][0].lens(scene_of[name][1]) for name in pair]
+        if all(lens is None or lens.was_known for lens in lenses):
+            continue
+        keypoints = []
+        for name, seen in zip(pair, (match.keypoints0, match.keypoints1), strict=True):
+            scene, index = scene_of[name]
+            keypoints.append(torch.from_numpy(scene.net_from_seen(index, seen.cpu().numpy())).to(seen.dtype))
+        kept = torch.cat(keypoints, dim=1).isfinite().all(dim=1)
+        found[pair] = Matches(keypoints[0][kept], keypoints[1][kept], match.scores.cpu()[kept])
+    return found
+
+
 def _new_rows(rows: UInt32[np.ndarray, "m 2"], known: UInt32[np.ndarray, "n 2"]) -> UInt32[np.ndarray, "k 2"]:
     """The rows that are not among the known ones."""
     keys = [(r[:, 0].astype(np.int64) << 32) | r[:, 1] for r in (rows, known)]
@@ -90,9 +109,9 @@ def _new_rows(rows: UInt32[np.ndarray, "m 2"], known: UInt32[np.ndarray, "n 2"])
 
 def stored_keypoints(scene: Scene, indexed: IndexedMatches) -> dict[str, Float32[np.ndarray, "_k 2"]]:
     """The keypoints of a scene's images in pixels of the stored files."""
-    img_from_net = np.linalg.inv(scene.net_from_img.detach().cpu().double().numpy())
-    maps = zip(scene.names, img_from_net, strict=True)
-    return {name: (indexed.keypoints[name] @ a[:2, :2].T + a[:2, 2]).astype(np.float32) for name, a in maps}
+    return {
+        name: scene.stored_from_net(i, indexed.keypoints[name]).astype(np.float32) for i, name in enumerate(scene.names)
+    }
 
 
 def keypoints_of_tracks(scene: Scene) -> dict[str, Float[np.ndarray, "_k 2"]]:
@@ -102,8 +121,7 @@ def keypoints_of_tracks(scene: Scene) -> dict[str, Float[np.ndarray, "_k 2"]]:
     order, starts = _by_image(scene)
     xy = scene.tracks.keypoints.cpu().double().numpy()[order]
     parts = np.split(xy, starts[1:])
-    affine = scene.net_from_img.cpu().double().numpy()
-    return {n: p @ a[:2, :2].T + a[:2, 2] for n, p, a in zip(scene.names, parts, affine, strict=True)}
+    return {n: scene.net_from_stored(i, p) for i, (n, p) in enumerate(zip(scene.names, parts, strict=True))}
 
 
 def matches_of_tracks(scene: Scene) -> dict[Pair, UInt32[np.ndarray, "_m 2"]]:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.formats.cameras_json import read_cameras_json
 from dust3r_sfm.formats.colmap import read_colmap
-
-KnownCamera = tuple[Float[Tensor, "3 3"] | None, Float[Tensor, "4 4"] | None]
-"""K in pixels of the stored file, and cam_from_world; None for what is not known."""
+from dust3r_sfm.geometry.lens import lens_of
+from dust3r_sfm.views import KnownCamera
 
 
 def read_known_cameras(path: Path, names: Collection[str]) -> dict[str, KnownCamera]:
-    """What is known of the named images; distortion is left out. InputError where the file names none of them."""
+    """What is known of the named images. InputError where the file names none of them."""
     found = _from_json(path) if path.is_file() or (path / "cameras.json").is_file() else _from_colmap(path)
     known = {name: camera for name, camera in found.items() if name in names}
     if not known:
@@ -30,16 +28,25 @@ def read_known_cameras(path: Path, names: Collection[str]) -> dict[str, KnownCam
 
 
 def _from_json(path: Path) -> dict[str, KnownCamera]:
-    return {frame.name: (frame.K, frame.cam_from_world) for frame in read_cameras_json(path)}
+    known = {}
+    for frame in read_cameras_json(path):
+        lens = frame.lens and dataclasses.replace(frame.lens, was_known=True)
+        known[frame.name] = KnownCamera(frame.K, frame.cam_from_world, lens, frame.size)
+    return known
 
 
 def _from_colmap(path: Path) -> dict[str, KnownCamera]:
     model = read_colmap(path)
     known: dict[str, KnownCamera] = {}
     for image in model.images.values():
-        K = torch.from_numpy(model.cameras[image.camera_id].calibration_matrix())
+        camera = model.cameras[image.camera_id]
+        try:
+            lens = lens_of(camera, was_known=True)
+        except ValueError as error:
+            raise InputError(f"the camera of {image.name} in {path} cannot be used: {error}") from error
+        K = torch.from_numpy(camera.calibration_matrix())
         pose = torch.eye(4, dtype=torch.float64)
         if image.has_pose:
             pose[:3] = torch.from_numpy(image.cam_from_world().matrix())
-        known[image.name] = (K, pose if image.has_pose else None)
+        known[image.name] = KnownCamera(K, pose if image.has_pose else None, lens, (camera.width, camera.height))
     return known

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -52,11 +52,12 @@ def stored_mask(view: View) -> Bool[np.ndarray, "h w"]:
     """Where the pixels of a stored file may be used, as far as its view's mask says."""
     width, height = view.original_size
     x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
-    x, y = _apply(view.net_from_img.numpy(), x, y)
+    x, y = view.net_from_stored(np.stack([x, y], axis=-1).reshape(-1, 2)).reshape(height, width, 2).transpose(2, 0, 1)
     if view.mask is None:
         return np.ones((height, width), dtype=bool)
     h, w = view.mask.shape
-    inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
+    inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)  # NaN, where a lens cannot say, is not
+    x, y = np.where(inside, x, 0), np.where(inside, y, 0)
     mask = view.mask.cpu().numpy()
     return ~inside | mask[np.clip(y, 0, h - 1).astype(int), np.clip(x, 0, w - 1).astype(int)]
 
@@ -72,13 +73,8 @@ def _read(path: Path, view: View) -> Bool[Tensor, "h w"]:
         raise InputError(f"the mask {path} is {sizes[0]} pixels, {view.name} {sizes[1]}: they must be the same")
     h, w = view.size
     steps = [(np.arange(n * SAMPLES) + 0.5) / SAMPLES for n in (w, h)]
-    x, y = _apply(np.linalg.inv(view.net_from_img.numpy()), *np.meshgrid(*steps))
+    grid = np.stack(np.meshgrid(*steps), axis=-1)
+    x, y = view.stored_from_net(grid.reshape(-1, 2)).reshape(grid.shape).transpose(2, 0, 1)
     height, width = stored.shape
     sampled = stored[np.clip(y, 0, height - 1).astype(int), np.clip(x, 0, width - 1).astype(int)]
     return torch.from_numpy(sampled.reshape(h, SAMPLES, w, SAMPLES).all(axis=(1, 3)))
-
-
-def _apply(
-    affine: Float64[np.ndarray, "3 3"], x: Float64[np.ndarray, "h w"], y: Float64[np.ndarray, "h w"]
-) -> tuple[Float64[np.ndarray, "h w"], Float64[np.ndarray, "h w"]]:
-    return tuple(row[0] * x + row[1] * y + row[2] for row in affine[:2])  # type: ignore[return-value]

@@ -1,7 +1,8 @@
 """Folders that train radiance fields: nerfstudio's `transforms.json`, and `images/ sparse/0/` for Gaussian splatting.
 
 Both readers take an image's file name alone when they look for its smaller copies, so photos of
-sub-folders get flat names. Photos keep their pixels: the scene's cameras have no distortion.
+sub-folders get flat names. Photos keep their pixels where the reader knows their distortion; else
+they are written as a pinhole would have taken them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dust3r_sfm.formats.depths import depth_map, write_map
 from dust3r_sfm.formats.images import copy_images, flat_names, shrink_images
 from dust3r_sfm.formats.masks import stored_mask, write_mask
 from dust3r_sfm.formats.pointclouds import dense_cloud, write_ply
+from dust3r_sfm.formats.undistortion import pinhole_scene, place_pinhole_images
 from dust3r_sfm.geometry.transforms import transform_points
 from dust3r_sfm.scene import Scene
 from dust3r_sfm.views import View
@@ -32,6 +34,13 @@ TURNED_FROM_WORLD = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0
 """nerfstudio swaps y and z of COLMAP's world and changes the sign of the last, so that z is up."""
 MILLI = 1000.0
 """nerfstudio's depth files count in thousandths."""
+FISHEYE = "OPENCV_FISHEYE"
+KEYS = {
+    **dict.fromkeys(("SIMPLE_PINHOLE", "PINHOLE"), ()),
+    **{"SIMPLE_RADIAL": ("k1",), "RADIAL": ("k1", "k2"), "OPENCV": ("k1", "k2", "p1", "p2")},
+    FISHEYE: ("k1", "k2", "k3", "k4"),
+}
+"""nerfstudio's names of the coefficients of COLMAP's camera models; of others it has none."""
 NUM_START_POINTS = 100_000
 """Points of the cloud that training starts from."""
 
@@ -39,6 +48,7 @@ NUM_START_POINTS = 100_000
 def write_gsplat(scene: Scene, image_dir: Path, folder: Path, downscale: Sequence[int] = ()) -> None:
     """Writes `images/`, `images_<k>/` for each factor k, and `sparse/0/`, whose names are the files'."""
     flat = _place_images(scene, image_dir, folder, downscale)
+    scene = pinhole_scene(scene)
     write_model(colmap_from_scene(dataclasses.replace(scene, names=tuple(flat.values()))), folder / "sparse" / "0")
 
 
@@ -48,9 +58,16 @@ def write_nerfstudio(
     """Writes `transforms.json` and what it names: images, masks where there are any, depths, a cloud to start from.
 
     World and cloud are turned as nerfstudio turns COLMAP's, which `applied_transform` says.
-    Masks are for all frames or none, as nerfstudio wants them.
+    Masks are for all frames or none, as nerfstudio wants them. Depths lie on the images' pixels.
     """
-    flat = _place_images(scene, image_dir, folder, downscale)
+    if _camera_model(scene) is None:
+        flat = _place_images(scene, image_dir, folder, downscale)
+        scene = pinhole_scene(scene)
+        views = _pinhole_views(views, scene)
+    else:
+        flat = flat_names(scene.names)
+        copy_images(flat, image_dir, folder / "images")
+        _shrink(flat, folder, downscale)
     view_of = {view.name: view for view in views}
     masks = {name: view.mask for name, view in view_of.items() if name in flat and view.mask is not None}
     for index, (name, new_name) in enumerate(flat.items()):
@@ -76,7 +93,7 @@ def transforms(scene: Scene, flat: dict[str, str], has_masks: bool = False) -> d
         matrix = _turned_from_gl_cam(image.cam_from_world()).tolist()
         frames.append(frame | _intrinsics(image.camera) | {"transform_matrix": matrix, "colmap_im_id": image_id})
     return {
-        "camera_model": "OPENCV",
+        "camera_model": _camera_model(scene),
         "applied_transform": TURNED_FROM_WORLD[:3].tolist(),
         "ply_file_path": "sparse_pc.ply",
         "frames": frames,
@@ -97,15 +114,39 @@ def _intrinsics(camera: pycolmap.Camera) -> dict[str, int | float]:
         "cx": camera.principal_point_x,
         "cy": camera.principal_point_y,
         **dict.fromkeys(("k1", "k2", "p1", "p2"), 0.0),
+        **dict(zip(KEYS[camera.model.name], map(float, camera.params[camera.extra_params_idxs()]), strict=True)),
     }
 
 
+def _camera_model(scene: Scene) -> str | None:
+    """nerfstudio's name of a model that holds all cameras of a scene; None where there is none."""
+    models = {lens.model for lens in scene.lenses if lens is not None}
+    if models == {FISHEYE} and None not in scene.lenses:
+        return FISHEYE
+    return "OPENCV" if models <= KEYS.keys() - {FISHEYE} else None
+
+
+def _pinhole_views(views: Sequence[View], scene: Scene) -> list[View]:
+    net_from_img = dict(zip(scene.names, scene.net_from_img, strict=True))
+    return [
+        dataclasses.replace(view, lens=None, net_from_img=net_from_img[view.name])
+        if view.name in net_from_img
+        else view
+        for view in views
+    ]
+
+
 def _place_images(scene: Scene, image_dir: Path, folder: Path, downscale: Sequence[int]) -> dict[str, str]:
+    """The photos as a pinhole takes them, under flat names."""
     flat = flat_names(scene.names)
-    copy_images(flat, image_dir, folder / "images")
+    place_pinhole_images(scene, flat, image_dir, folder / "images")
+    _shrink(flat, folder, downscale)
+    return flat
+
+
+def _shrink(flat: dict[str, str], folder: Path, downscale: Sequence[int]) -> None:
     for factor in downscale:
         shrink_images(list(flat.values()), folder / "images", folder / f"images_{factor}", factor)
-    return flat
 
 
 def _write_masks(view: View, new_name: str, folder: Path, downscale: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ from dust3r_sfm.alignment.refine import (
     RefineConfig,
     refine,
     support,
-    with_radial_distortion,
+    with_distortion,
     with_shared_cameras,
     with_tracks,
     without_needless_distortion,
@@ -155,14 +155,14 @@ def test_support_counts_what_two_images_or_more_see_within_the_limit(observed):
 def test_lens_distortion_is_found_and_left_out_where_it_bends_nothing(procedural, observed):
     bent = bend(observed, 0.1)
     model = colmap_from_scene(bent)
-    with_radial_distortion(model, set(observed.names))
+    with_distortion(model, set(observed.names))
     adjusted = refine(model, LOOSE).reconstruction
     assert [float(camera.params[3]) for camera in adjusted.cameras.values()] == pytest.approx([0.1] * 8, abs=0.02)
-    without_needless_distortion(adjusted)
+    without_needless_distortion(adjusted, set(observed.names))
     assert {camera.model for camera in adjusted.cameras.values()} == {pycolmap.CameraModelId.SIMPLE_RADIAL}
     straight = colmap_from_scene(observed)
-    with_radial_distortion(straight, set(observed.names))
-    without_needless_distortion(straight)
+    with_distortion(straight, set(observed.names))
+    without_needless_distortion(straight, set(observed.names))
     assert {camera.model for camera in straight.cameras.values()} == {pycolmap.CameraModelId.SIMPLE_PINHOLE}
 
 

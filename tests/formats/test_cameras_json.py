@@ -9,6 +9,7 @@ from PIL import Image
 
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.formats.cameras_json import names_below_images, read_cameras_json, read_depth, undistort
+from dust3r_sfm.geometry.lens import Lens
 
 K = [[500.0, 0, 320], [0, 510, 240], [0, 0, 1]]
 POSE = [[0.0, -1, 0, 1], [1, 0, 0, 2], [0, 0, 1, 3], [0, 0, 0, 1]]
@@ -41,10 +42,10 @@ def test_what_is_known_comes_back_and_the_rest_is_none(tmp_path):
     assert a.size == (640, 480)
     assert a.K.tolist() == K
     assert a.cam_from_world.tolist() == POSE
-    assert a.distortion == (0.1, 0.01, 0.001, -0.001)
+    assert a.lens == Lens("OPENCV", (0.1, 0.01, 0.001, -0.001))
     assert b.K is None
     assert b.cam_from_world is None
-    assert b.distortion is None
+    assert b.lens is None
     assert read_depth(b) is None
 
 
