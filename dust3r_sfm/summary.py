@@ -45,6 +45,7 @@ class Summary:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
+        logger.debug("stage %s", stage)
         start = time.perf_counter()
         try:
             yield
