@@ -28,13 +28,18 @@ _DCT = tuple(
 )
 _DCT_OF_BLOCK = tuple(map(tuple, np.kron(_DCT, _DCT).tolist()))
 """Of the 64 pixels of a block, row by row, in one product."""
+_TABLES = {"luminance": _LUMINANCE, "quantization": _QUANTIZATION, "dct": _DCT_OF_BLOCK, "coarseness": (1.0, 2.0, 2.0)}
+
+
+def _table(dice: Dice | _Rolls | _Asked, name: str, device: torch.device) -> Tensor:
+    return dice.tables[name] if isinstance(dice, _Rolls) else constant(_TABLES[name], device)
 
 
 def _tone(dice: Dice | _Rolls | _Asked, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
     n = len(x)
     gain = (0.16 * dice.normal(n, 1, 1, 1)).exp() * (0.04 * dice.normal(n, 3, 1, 1)).exp()
     x = (x * gain).clamp(1e-4, 1) ** (0.12 * dice.normal(n, 1, 1, 1)).exp()
-    gray = (x * constant(_LUMINANCE, x.device)[:, None, None]).sum(1, keepdim=True)
+    gray = (x * _table(dice, "luminance", x.device)[:, None, None]).sum(1, keepdim=True)
     saturation = dice.uniform(n, 1, 1, 1, low=0.6, high=1.4) * ~dice.chance(0.05, n, 1, 1, 1)
     x = gray + (x - gray) * saturation
     contrast = dice.uniform(n, 1, 1, 1, low=0.85, high=1.45)
@@ -65,13 +70,13 @@ def _blur(dice: Dice | _Rolls | _Asked, x: Float[Tensor, "n 3 h w"]) -> Float[Te
 def _jpeg(dice: Dice | _Rolls | _Asked, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
     """Quantised 8 x 8 cosine transform of every channel, for two in five images."""
     n, _, h, w = x.shape
-    dct = constant(_DCT_OF_BLOCK, x.device)
+    dct = _table(dice, "dct", x.device)
     quality = dice.uniform(n, 1, 1, 1, 1, 1, low=20.0, high=95.0)
     scale = torch.where(quality < 50, 50 / quality, 2 - quality / 50)
-    table = (constant(_QUANTIZATION, x.device) * scale / 255).clamp(min=1 / 255)
-    gray = (x * constant(_LUMINANCE, x.device)[:, None, None]).sum(1, keepdim=True)
+    table = (_table(dice, "quantization", x.device) * scale / 255).clamp(min=1 / 255)
+    gray = (x * _table(dice, "luminance", x.device)[:, None, None]).sum(1, keepdim=True)
     planes = torch.cat([gray, x[:, :1] - gray, x[:, 2:] - gray], 1)  # luminance, and colours coarser
-    table = table * constant((1.0, 2.0, 2.0), x.device)[:, None, None, None, None]
+    table = table * _table(dice, "coarseness", x.device)[:, None, None, None, None]
     blocks = planes.reshape(n, 3, h // 8, 8, w // 8, 8).transpose(3, 4)
     table = table.flatten(-2)
     coded = blocks.flatten(-2) @ dct.T
@@ -91,8 +96,8 @@ def _changed(dice: Dice | _Rolls | _Asked, x: Float[Tensor, "n 3 h w"]) -> Float
 class _Rolls:
     """Dice that were thrown before, so that what follows is arithmetic alone, which compiles to a few kernels."""
 
-    def __init__(self, rolls: tuple[Tensor, ...]) -> None:
-        self.rolls, self.at = rolls, 0
+    def __init__(self, rolls: tuple[Tensor, ...], tables: dict[str, Tensor]) -> None:
+        self.rolls, self.tables, self.at = rolls, tables, 0
 
     def _next(self) -> Tensor:
         self.at += 1
@@ -136,9 +141,11 @@ def _needed(shape: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple(asked.asked)
 
 
-def apply_changes(x: Float[Tensor, "n 3 h w"], rolls: tuple[Tensor, ...]) -> Float[Tensor, "n 3 h w"]:
-    """The images after the changes that the throws say."""
-    return _changed(_Rolls(rolls), x)
+def apply_changes(
+    x: Float[Tensor, "n 3 h w"], rolls: tuple[Tensor, ...], tables: dict[str, Tensor]
+) -> Float[Tensor, "n 3 h w"]:
+    """The images after the changes that the throws say; `tables` are on their device."""
+    return _changed(_Rolls(rolls, tables), x)
 
 
 def augment(
@@ -147,4 +154,5 @@ def augment(
     """Every image changed on its own, so that the views of a pair differ; values stay in [0, 1]."""
     x = images.flatten(0, 1)
     rolls = tuple(getattr(dice, kind)(*shape) for kind, shape in _needed(tuple(x.shape)))
-    return apply(x, rolls).unflatten(0, images.shape[:2])
+    tables = {name: constant(values, x.device) for name, values in _TABLES.items()}
+    return apply(x, rolls, tables).unflatten(0, images.shape[:2])

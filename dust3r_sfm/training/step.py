@@ -51,6 +51,10 @@ def objective(
     return loss, torch.stack(report).detach()
 
 
+def _one_row(values: Tensor, dim: int) -> Tensor:
+    return values.flatten(dim, dim + 1).unsqueeze(dim)
+
+
 def pair_loss(
     model: nn.Module, matcher: nn.Module, batch: Batch, config: LoopConfig, objective: Callable = objective
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " 5"]]:
@@ -61,7 +65,11 @@ def pair_loss(
     first = dataclasses.replace(tokens, features=torch.cat([features0, features1]))
     second = dataclasses.replace(tokens, features=torch.cat([features1, features0]))
     prediction = model.decode(first, second)
-    loss, report = objective(prediction, batch.truth, batch.valid, batch.apart, config.confidence_alpha)
+    # as images of one row: what is compiled serves landscape and portrait alike
+    maps = (getattr(prediction, field.name) for field in dataclasses.fields(prediction))
+    prediction = PairPrediction(*(_one_row(values, 1) for values in maps))
+    truth, valid = _one_row(batch.truth, 2), _one_row(batch.valid, 2)
+    loss, report = objective(prediction, truth, valid, batch.apart, config.confidence_alpha)
     matching = loss.new_zeros(())
     if config.matching:
         matching = token_matching_loss(matcher(first.features), matcher(second.features), batch.targets)
