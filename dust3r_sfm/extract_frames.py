@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 NOTE = ".frames.json"
 SHARPNESS_WIDTH = 640
 """Wide enough to see blur that matters to matching, narrow enough not to see the codec's noise."""
+ROUNDING = 1e-6
+"""Of times, in slots: a frame at a slot's very beginning belongs to it."""
 MOTION_WIDTH = 64
 MIN_MOTION = 1.0
 """Mean change of 8-bit gray values since the last frame taken, below which the camera stood still."""
@@ -112,7 +114,7 @@ def sharpest(frames: Iterable[Frame], start_s: float, slot_s: float) -> Iterator
     """Of each slot the sharpest frame of its middle half, or of all where none lies there."""
     current, best, best_rank = None, None, (False, 0.0)
     for frame in frames:
-        slot, place = divmod((frame.time_s - start_s) / slot_s, 1)
+        slot, place = divmod((frame.time_s - start_s) / slot_s + ROUNDING, 1)
         if slot != current and best is not None:
             yield best
         if slot != current:

@@ -36,6 +36,10 @@ def test_of_each_slot_the_sharp_frame_in_its_middle_is_taken(clip, tmp_path):
     assert np.abs(np.asarray(Image.open(tmp_path / "frames" / names[1])) - expected).mean() < 6
 
 
+def test_every_frame_is_taken_where_the_video_has_no_more(clip, tmp_path):
+    assert len(extract_frames(clip, tmp_path / "frames", FrameConfig(fps=10.0))) == 30
+
+
 def test_long_clips_are_sampled_more_sparsely(clip, tmp_path):
     assert len(extract_frames(clip, tmp_path / "frames", FrameConfig(fps=10.0, max_frames=4))) == 4
     assert np.diff(times_of(tmp_path / "frames")).min() > 0.3
