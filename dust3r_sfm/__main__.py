@@ -30,6 +30,7 @@ COMMANDS = {
     "align-scene": "Put all pairs into one frame: poses, focals and depth.",
     "refine-scene": "Refine aligned scenes by SIFT matches and bundle adjustment.",
     "export-scene": "Write an aligned scene as COLMAP models and a point cloud.",
+    "view": "Look at a reconstruction in the browser, or make one file of it that opens anywhere.",
     "evaluate": "Compare poses with a reference.",
     "evaluate-pairs": "Compare the network's predictions with the poses of reference pairs.",
     "train": "Train the network on procedural scenes.",
