@@ -22,6 +22,9 @@ from dust3r_sfm.views import SQUARE_CROP_SIZE, View, load_views
 
 logger = logging.getLogger(__name__)
 
+MAX_NAMED = 20
+"""Pairs that are named in the log."""
+
 
 def main(
     image_dir: Path,
@@ -52,6 +55,11 @@ def main(
     output.parent.mkdir(parents=True, exist_ok=True)
     write_scenes(output, scenes)
     num_aligned = sum(len(scene.names) for scene in scenes)
+    doubts = {pair: reason for scene in scenes for pair, reason in scene.doubts.items()}
+    for pair, reason in sorted(doubts.items())[:MAX_NAMED]:
+        logger.warning("The pair %s %s %s.", *pair, reason)
+    if len(doubts) > MAX_NAMED:
+        logger.warning("%d more pairs have no say either.", len(doubts) - MAX_NAMED)
     logger.info("Aligned %d of %d images in %d scenes: %s.", num_aligned, len(views), len(scenes), output)
     return scenes
 

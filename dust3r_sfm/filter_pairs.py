@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -18,6 +18,7 @@ from dust3r_sfm.errors import InputError, ReconstructionError
 from dust3r_sfm.formats.pairs import write_pairs
 from dust3r_sfm.graph import connected_components, maximum_spanning_tree, symmetrize
 from dust3r_sfm.pairs import Pair, PairPrediction, Predictions, SomePredictions
+from dust3r_sfm.scene import Scene
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,14 @@ def decide_pairs(
         else _decide(pair, scores[pair], min_score, min_bridge, pair in bridges)
         for pair in predictions
     ]
+
+
+def with_doubts(decisions: Sequence[PairDecision], scenes: Sequence[Scene]) -> list[PairDecision]:
+    """The decisions once more, where the alignment found that pairs contradict the others."""
+    doubts = {pair: reason for scene in scenes for pair, reason in scene.doubts.items()}
+    if doubts:
+        logger.info("%d pairs contradict the aligned scenes, first %s: not used.", len(doubts), " ".join(min(doubts)))
+    return [replace(d, kept=False, reason=doubts[d.pair]) if d.pair in doubts else d for d in decisions]
 
 
 def pair_score(prediction: PairPrediction) -> float:

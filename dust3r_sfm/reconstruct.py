@@ -21,7 +21,7 @@ from dust3r_sfm.errors import InputError
 from dust3r_sfm.export_scene import ExportConfig, check_formats, export_scenes
 from dust3r_sfm.extract_frames import FrameConfig, extract_frames
 from dust3r_sfm.files import LOCK_NAME, holding, write_bytes
-from dust3r_sfm.filter_pairs import FilterConfig, decide_pairs, keep_pairs
+from dust3r_sfm.filter_pairs import FilterConfig, decide_pairs, keep_pairs, with_doubts
 from dust3r_sfm.formats.colmap import check_text_names
 from dust3r_sfm.formats.known_cameras import read_known_cameras
 from dust3r_sfm.formats.masks import read_masks
@@ -33,7 +33,7 @@ from dust3r_sfm.graph import PairKind, make_pairs, symmetrize
 from dust3r_sfm.infer_pairs import InferConfig, infer_pairs, prediction_keys
 from dust3r_sfm.match_dense import MatchConfig, match_dense
 from dust3r_sfm.models.dust3r import Dust3r
-from dust3r_sfm.pairs import Matches, Pair, Predictions
+from dust3r_sfm.pairs import Matches, Pair, Predictions, SomePredictions
 from dust3r_sfm.pairs_from_retrieval import pairs_from_retrieval
 from dust3r_sfm.refine_scene import refine_photos
 from dust3r_sfm.report import write_reports
@@ -142,6 +142,8 @@ def _align_and_match(
         kept = keep_pairs(predictions, summary.decisions)
     with summary.timed("align_scene"):
         scenes = _align(network, views, kept, output, config.align)
+        summary.decisions = with_doubts(summary.decisions, scenes)
+        kept = SomePredictions(predictions, [decision.pair for decision in summary.decisions if decision.kept])
     with summary.timed("match_dense"):
         matches = summary.matches = match_dense(views, kept, config.match)
     with summary.timed("tracks"):

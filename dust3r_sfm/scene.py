@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float, Float64, Int, UInt8
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dust3r_sfm.geometry.camera import split_rotation
 from dust3r_sfm.geometry.lens import Lens, bent, straightened
+from dust3r_sfm.pairs import Pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,8 @@ class Scene:
     tracks: Tracks | None = None
     lenses: tuple[Lens | None, ...] = ()
     """The distortion of each stored file, which comes after `net_from_img`'s inverse; () where none has any."""
+    doubts: Mapping[Pair, str] = field(default_factory=dict)
+    """Pairs of the aligned component that had no say, and why: they contradict the others."""
 
     def __post_init__(self) -> None:
         n = len(self.names)

@@ -1,12 +1,15 @@
 import itertools
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from aligned import true_scene
+from procedural import make_scene
 
 from dust3r_sfm.errors import InputError, ReconstructionError
-from dust3r_sfm.filter_pairs import FilterConfig, decide_pairs, filter_pairs, keep_pairs, main, pair_score
+from dust3r_sfm.filter_pairs import FilterConfig, decide_pairs, filter_pairs, keep_pairs, main, pair_score, with_doubts
 from dust3r_sfm.formats.pairs import read_pairs
 from dust3r_sfm.graph import connected_components
 from dust3r_sfm.pairs import Pair, PairPrediction
@@ -29,6 +32,15 @@ def both_ways(scores):
 
 def kept(decisions):
     return {decision.pair for decision in decisions if decision.kept}
+
+
+def test_pairs_that_the_alignment_contradicts_are_dropped_with_its_reason():
+    decisions = decide_pairs(both_ways({"ab": 5.0, "bc": 4.0}), list("abc"), PLAIN)
+    truth = true_scene(make_scene(2, (8, 8), pairs=[]))
+    scene = replace(truth, doubts={Pair("b", "a"): "contradicts the others"})
+    judged = with_doubts(decisions, [truth, scene])
+    assert kept(judged) == kept(decisions) - {Pair("b", "a")}
+    assert judged[1].reason == "contradicts the others"
 
 
 def test_pairs_below_the_threshold_are_dropped_and_each_has_its_reason():

@@ -26,7 +26,8 @@ from dust3r_sfm.alignment.objective import (
     without_scale,
 )
 from dust3r_sfm.alignment.observations import Observations, sample_pairs, stack_samples
-from dust3r_sfm.alignment.optimization import minimize, with_settled_depth
+from dust3r_sfm.alignment.optimization import minimize_robustly, with_settled_depth
+from dust3r_sfm.alignment.support import judge
 from dust3r_sfm.errors import ReconstructionError
 from dust3r_sfm.geometry.camera import pixel_grid
 from dust3r_sfm.geometry.transforms import inverse, rigid_transform, transform_points
@@ -69,6 +70,8 @@ def iterate_components(
 ) -> Iterator[Scene]:
     """A scene for every connected component of two views or more, largest first, each when it is asked for.
 
+    Pairs that contradict the rest have no say, and an image that only contradictions place is in no scene: both are
+    named in `Scene.doubts`.
     Known intrinsics and poses of any of the views are held. Several known places fix world and scale, one known
     pose fixes the world; else the world is the camera of the image with most pairs, and the median depth is 1.
     ReconstructionError where no pair says anything.
@@ -88,23 +91,24 @@ def iterate_components(
     for names in components:
         observations = stack_samples([by_name[name] for name in names], samples, max_samples)
         try:
-            scene = _align_component([by_name[name] for name in names], observations, predictions, config)
+            scenes = _align_component([by_name[name] for name in names], observations, predictions, config)
         except ReconstructionError as error:  # the other components may still stand
             failures.append(error)
         else:
             num_aligned += 1
-            yield scene
+            yield from scenes
     if not num_aligned:
         raise failures[0]
 
 
 def _align_component(
     views: Sequence[View], observations: Observations, predictions: Predictions, config: AlignConfig
-) -> Scene:
+) -> list[Scene]:
+    """The scene of a component; several where its pairs hold together by contradictions alone."""
     cameras = cameras_of_views(views)
     problem, state, frame = _start(observations, cameras)
     problem, state = with_settled_depth(problem, state)
-    state, evaluation = minimize(problem, state, config.max_iters, config.min_improvement)
+    problem, state, evaluation = minimize_robustly(problem, state, config.max_iters, config.min_improvement)
     finite = all(x.isfinite().all() for x in (state.world_from_cam, state.focal, state.depth, state.world_from_pair))
     if not finite:
         raise ReconstructionError(
@@ -114,17 +118,26 @@ def _align_component(
     K = cameras.base_K.clone()
     K[:, :2, :2] *= state.focal[:, None, None]
     depth, confidence = _fuse_depths(views, predictions, observations, problem, state, evaluation, K)
-    cam_from_world, factor = _in_output_frame(cameras, state, frame, depth, confidence)
-    return Scene(
-        names=observations.names,
-        K=K.float(),
-        cam_from_world=cam_from_world.float(),
-        depth=tuple(d * factor for d in depth),
-        confidence=tuple(confidence),
-        net_from_img=torch.stack([view.net_from_img for view in views]),
-        lenses=tuple(view.lens for view in views),
-        original_sizes=tuple(view.original_size for view in views),
-    )
+    verdict = judge(observations, evaluation.distances, cameras.is_pose_known)
+    scenes = []
+    for group in verdict.groups:
+        chosen = [observations.names.index(name) for name in group]
+        seen = [depth[n] for n in chosen], [confidence[n] for n in chosen]
+        cam_from_world, factor = _in_output_frame(cameras, state, frame, *seen)
+        scenes.append(
+            Scene(
+                names=tuple(group),
+                K=K[chosen].float(),
+                cam_from_world=cam_from_world[chosen].float(),
+                depth=tuple(d * factor for d in seen[0]),
+                confidence=tuple(seen[1]),
+                net_from_img=torch.stack([views[n].net_from_img for n in chosen]),
+                lenses=tuple(views[n].lens for n in chosen),
+                original_sizes=tuple(views[n].original_size for n in chosen),
+                doubts=verdict.doubts if not scenes else {},
+            )
+        )
+    return scenes
 
 
 def _start(observations: Observations, cameras: Cameras) -> tuple[Problem, State, KnownFrame]:

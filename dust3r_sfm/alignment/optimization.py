@@ -20,6 +20,7 @@ from dust3r_sfm.geometry.transforms import rigid_transform, rotation_from_rotvec
 MIN_DEPTH_FACTOR = 0.1
 """A step brings no depth nearer than to this fraction of it."""
 NUM_DEPTH_TURNS = 3
+MAX_RETUNES = 3
 MAX_DAMPING = 1e6
 ROUNDING = 1e-7
 """Changes of the cost that float32 does not resolve."""
@@ -29,8 +30,24 @@ def with_settled_depth(problem: Problem, state: State) -> tuple[Problem, State]:
     """The state with the depths that fit it best, and the problem with the outlier distance that suits it."""
     for _ in range(NUM_DEPTH_TURNS):
         state = refine_depth(problem, state, evaluate(problem, state))
-    typical = float(evaluate(problem, state).distances.median())
-    return replace(problem, outlier_distance=max(3 * typical, MIN_OUTLIER_DISTANCE)), state
+    return with_outlier_distance(problem, evaluate(problem, state)), state
+
+
+def with_outlier_distance(problem: Problem, evaluation: Evaluation) -> Problem:
+    return replace(problem, outlier_distance=max(3 * float(evaluation.distances.median()), MIN_OUTLIER_DISTANCE))
+
+
+def minimize_robustly(
+    problem: Problem, state: State, max_iters: int, min_improvement: float
+) -> tuple[Problem, State, Evaluation]:
+    """`minimize`, and again with a lower outlier distance where the pairs fit far better than at the start."""
+    for _ in range(MAX_RETUNES):
+        state, evaluation = minimize(problem, state, max_iters, min_improvement)
+        tuned = with_outlier_distance(problem, evaluation)
+        if tuned.outlier_distance > problem.outlier_distance / 2:
+            break
+        problem = tuned
+    return problem, state, evaluate(problem, state)
 
 
 def minimize(problem: Problem, state: State, max_iters: int, min_improvement: float) -> tuple[State, Evaluation]:

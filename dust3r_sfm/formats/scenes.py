@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import h5py
@@ -15,6 +15,7 @@ import torch
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.files import write_bytes
 from dust3r_sfm.geometry.lens import Lens
+from dust3r_sfm.pairs import Pair
 from dust3r_sfm.scene import Scene, Tracks
 
 FORMAT = "dust3r_sfm scenes 1"
@@ -52,6 +53,7 @@ def _write_scene(group: h5py.Group, scene: Scene) -> None:
     group.create_dataset("names", data=np.array(scene.names, dtype=object), dtype=h5py.string_dtype())
     group["original_sizes"] = np.array(scene.original_sizes, dtype=np.int64)
     group.attrs["lenses"] = json.dumps([lens and asdict(lens) for lens in scene.lenses])
+    group["doubts"] = json.dumps([[*pair, reason] for pair, reason in scene.doubts.items()])
     for field in STACKED:
         group[field] = getattr(scene, field).numpy()
     for i, (depth, confidence) in enumerate(zip(scene.depth, scene.confidence, strict=True)):
@@ -69,10 +71,12 @@ def _read_scene(group: h5py.Group) -> Scene:
     tracks = None
     if "tracks" in group:
         tracks = Tracks(**{field.name: torch.from_numpy(group[f"tracks/{field.name}"][()]) for field in fields(Tracks)})
-    lenses = [lens and Lens(**lens) for lens in json.loads(group.attrs.get("lenses", "[]"))]
+    lenses = json.loads(group.attrs.get("lenses", "[]"))
+    doubts = json.loads(group["doubts"].asstr()[()]) if "doubts" in group else []
     return Scene(
         names=names,
-        lenses=tuple(lens and replace(lens, coefficients=tuple(lens.coefficients)) for lens in lenses),
+        doubts={Pair(name0, name1): reason for name0, name1, reason in doubts},
+        lenses=tuple(lens and Lens(**lens | {"coefficients": tuple(lens["coefficients"])}) for lens in lenses),
         **{field: torch.from_numpy(group[field][()]) for field in STACKED},
         depth=tuple(torch.from_numpy(image["depth"][()]) for image in images),
         confidence=tuple(torch.from_numpy(image["confidence"][()]).float() for image in images),

@@ -7,6 +7,7 @@ from procedural import make_scene
 
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.formats.scenes import read_scenes, write_scenes
+from dust3r_sfm.pairs import Pair
 from dust3r_sfm.scene import Scene, Tracks
 
 
@@ -23,7 +24,8 @@ def scenes():
         keypoints=torch.rand(6, 2),
     )
     second = true_scene(make_scene(2, (32, 32), seed=1, pairs=[]))
-    return [replace(first, tracks=tracks, names=("a/ä b.jpg", "a/1.jpg", "2.jpg")), second]
+    doubts = {Pair("a/ä b.jpg", "2.jpg"): "contradicts the others"}
+    return [replace(first, tracks=tracks, names=("a/ä b.jpg", "a/1.jpg", "2.jpg"), doubts=doubts), second]
 
 
 def assert_equal(found, expected):
