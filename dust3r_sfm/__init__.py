@@ -25,6 +25,7 @@ _HOMES = {
     "infer_pairs": "infer_pairs",
     "load_view": "views",
     "load_views": "views",
+    "localize": "localize",
     "match_dense": "match_dense",
     "pairs_exhaustive": "graph",
     "pairs_from_file": "formats.pairs",

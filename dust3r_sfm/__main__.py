@@ -31,6 +31,7 @@ COMMANDS = {
     "refine-scene": "Refine aligned scenes by SIFT matches and bundle adjustment.",
     "export-scene": "Write an aligned scene as COLMAP models and a point cloud.",
     "view": "Look at a reconstruction in the browser, or make one file of it that opens anywhere.",
+    "localize": "Find the poses of photos in a reconstruction or any COLMAP model.",
     "evaluate": "Compare poses with a reference.",
     "evaluate-pairs": "Compare the network's predictions with the poses of reference pairs.",
     "train": "Train the network on procedural scenes.",

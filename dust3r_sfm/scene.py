@@ -12,6 +12,7 @@ from torch import Tensor
 from dust3r_sfm.geometry.camera import split_rotation
 from dust3r_sfm.geometry.lens import Lens, bent, straightened
 from dust3r_sfm.pairs import Pair
+from dust3r_sfm.views import View
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,8 @@ class Scene:
     """The distortion of each stored file, which comes after `net_from_img`'s inverse; () where none has any."""
     doubts: Mapping[Pair, str] = field(default_factory=dict)
     """Pairs of the aligned component that had no say, and why: they contradict the others."""
+    views: tuple[View, ...] = ()
+    """The network images, to compare further photos with; () where they are not at hand, as in a scene from a file."""
 
     def __post_init__(self) -> None:
         n = len(self.names)

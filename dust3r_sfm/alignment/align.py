@@ -135,6 +135,7 @@ def _align_component(
                 lenses=tuple(views[n].lens for n in chosen),
                 original_sizes=tuple(views[n].original_size for n in chosen),
                 doubts=verdict.doubts if not scenes else {},
+                views=tuple(views[n] for n in chosen),
             )
         )
     return scenes

@@ -52,6 +52,7 @@ def scene_from_colmap(reconstruction: pycolmap.Reconstruction, views: Sequence[V
         original_sizes=tuple(view.original_size for view in views),
         tracks=tracks_of(reconstruction, [ids[view.name] for view in views]),
         lenses=tuple(lens_of(c, view.lens is not None) for c, view in zip(cameras, views, strict=True)),
+        views=tuple(views),
     )
     return _with_depth(scene, {name: _straight_maps(scene, i, depth_maps) for i, name in enumerate(scene.names)})
 
