@@ -116,8 +116,9 @@ def _align_component(
             "raise min_confidence or leave images out"
         )
     K = cameras.base_K.clone()
-    K[:, :2, :2] *= state.focal[:, None, None]
+    K[:, :2, :2] *= state.focal.cpu()[:, None, None]
     depth, confidence = _fuse_depths(views, predictions, observations, problem, state, evaluation, K)
+    state = state.to("cpu")
     verdict = judge(observations, evaluation.distances, cameras.is_pose_known)
     scenes = []
     for group in verdict.groups:
@@ -129,8 +130,8 @@ def _align_component(
                 names=tuple(group),
                 K=K[chosen].float(),
                 cam_from_world=cam_from_world[chosen].float(),
-                depth=tuple(d * factor for d in seen[0]),
-                confidence=tuple(seen[1]),
+                depth=tuple((d * factor).cpu() for d in seen[0]),
+                confidence=tuple(c.cpu() for c in seen[1]),
                 net_from_img=torch.stack([views[n].net_from_img for n in chosen]),
                 lenses=tuple(views[n].lens for n in chosen),
                 original_sizes=tuple(views[n].original_size for n in chosen),
@@ -144,7 +145,7 @@ def _align_component(
 def _start(observations: Observations, cameras: Cameras) -> tuple[Problem, State, KnownFrame]:
     """The problem and its start, in a world of unit size whose origin is the reference camera."""
     rays = _sampled_rays(observations, cameras)
-    start = start_pairs(observations)
+    start, device = start_pairs(observations).cpu(), observations.points.device
     focal = initialization.start_focals(observations, cameras, rays, start)
     world_from_cam = initialization.start_poses(observations, cameras, rays, focal, start)
     is_known = cameras.is_pose_known
@@ -162,8 +163,9 @@ def _start(observations: Observations, cameras: Cameras) -> tuple[Problem, State
     known_in_world = without_scale(inverse(frame.known_from_world) @ inverse(cameras.cam_from_world))
     world_from_cam = torch.where(is_known[:, None, None], known_in_world, world_from_cam)
     depth = transform_points(inverse(world_from_cam).float(), points)[..., 2].clamp(min=MIN_DEPTH)
-    problem = Problem(observations, rays, is_free, initialization.focal_limits(observations, cameras))
-    return problem, State(world_from_cam, focal, depth, to_reference @ start.world_from_pair), frame
+    limits = initialization.focal_limits(observations, cameras)
+    problem = Problem(observations, rays.to(device), is_free.to(device), limits.to(device))
+    return problem, State(world_from_cam, focal, depth, to_reference @ start.world_from_pair).to(device), frame
 
 
 def _sampled_rays(observations: Observations, cameras: Cameras) -> Float[Tensor, "n m 3"]:
@@ -178,8 +180,9 @@ def _sampled_rays(observations: Observations, cameras: Cameras) -> Float[Tensor,
 
 def _most_paired_image(observations: Observations) -> int:
     """The image with most pairs; of several the first that is a camera 0."""
-    counts = torch.bincount(observations.images.flatten(), minlength=len(observations.names)).double()
-    counts[observations.images[0]] += 0.5
+    images = observations.images.cpu()
+    counts = torch.bincount(images.flatten(), minlength=len(observations.names)).double()
+    counts[images[0]] += 0.5
     return int(counts.argmax())
 
 
@@ -195,17 +198,17 @@ def _fuse_depths(
     """Depth in the aligned world's unit and confidence of every image, one image at a time to save memory."""
     from_raw = state.world_from_pair.clone()
     from_raw[:, :3, :3] /= observations.units[:, None, None]
-    belief = pair_beliefs(problem, evaluation) / pair_scales(state.world_from_pair)
-    depths, confidences = [], []
+    belief = (pair_beliefs(problem, evaluation) / pair_scales(state.world_from_pair)).tolist()
+    images, depths, confidences = observations.images.cpu(), [], []
     for n, view in enumerate(views):
-        fusion = DepthFusion(K[n], view.size)
+        fusion = DepthFusion(K[n].to(from_raw.device), view.size)
         cam_from_world = inverse(state.world_from_cam[n])
         for side in (0, 1):
-            for e in (observations.images[side] == n).nonzero()[:, 0].tolist():
-                fusion.add(predictions[observations.pairs[e]], side, cam_from_world @ from_raw[e], float(belief[e]))
+            for e in (images[side] == n).nonzero()[:, 0].tolist():
+                fusion.add(predictions[observations.pairs[e]], side, cam_from_world @ from_raw[e], belief[e])
         depth, confidence = fusion.fused()
         depths.append(depth)
-        confidences.append(confidence if view.mask is None else confidence * view.mask)
+        confidences.append(confidence if view.mask is None else confidence * view.mask.to(confidence.device))
     return depths, confidences
 
 

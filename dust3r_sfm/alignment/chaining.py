@@ -34,6 +34,9 @@ class Start:
     distances: Float[Tensor, " e"]
     """Each pair's weighted mean distance from `points`, in its own unit."""
 
+    def cpu(self) -> Start:
+        return Start(*(x.cpu() for x in (self.world_from_pair, self.points, self.weights, self.distances)))
+
 
 def start_pairs(observations: Observations) -> Start:
     """Images chained along a tree of pairs that the others confirm, then points averaged over all pairs in turns."""

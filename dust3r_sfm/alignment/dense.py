@@ -18,14 +18,13 @@ class DepthFusion:
     """Collects where the pairs of one image see its pixels; `fused` is the depth that agrees best."""
 
     def __init__(self, K: Float[Tensor, "3 3"], size: tuple[int, int]) -> None:
-        self.rays = (
-            torch.cat([pixel_grid(*size), torch.ones(*size, 1)], dim=-1) @ torch.linalg.inv(K.double()).float().T
-        )
+        pixels = torch.cat([pixel_grid(*size, device=K.device), torch.ones(*size, 1, device=K.device)], dim=-1)
+        self.rays = pixels @ torch.linalg.inv(K.double()).float().T
         self._length = self.rays.square().sum(dim=-1)
         self._depths: list[Float[Tensor, "h w"]] = []
         self._aside: list[Float[Tensor, "h w"]] = []
         self._weights: list[Float[Tensor, "h w"]] = []
-        self._confidence = torch.zeros(size)
+        self._confidence = torch.zeros(size, device=K.device)
 
     def add(self, prediction: PairPrediction, side: int, cam_from_pair: Float[Tensor, "4 4"], belief: float) -> None:
         """The image is one side of a pair; `cam_from_pair` takes its raw pointmap to the image's aligned camera.

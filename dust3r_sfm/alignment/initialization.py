@@ -64,7 +64,8 @@ def _focal_of_own_pairs(observations: Observations, principal_point: Float[Tenso
     length = grid.shape[0] * grid.shape[1]
     pointmaps = observations.points[0, own, :length].unflatten(1, grid.shape)
     weights = observations.weights[0, own, :length].unflatten(1, grid.shape)
-    focals = focal_from_pointmap(pointmaps, weights, grid.to_grid(principal_point.float())).double() * grid.stride
+    center = grid.to_grid(principal_point.float()).to(pointmaps.device)
+    focals = focal_from_pointmap(pointmaps, weights, center).double() * grid.stride
     told = focals.isfinite() & (focals > 0)
     if not told.any():
         return None
@@ -98,10 +99,10 @@ def start_poses(
     A pair's frame is its camera 0: an image takes the frame of its pair that agrees best with the others. Images
     without one are resected from their points, or else look from where the pair that sees them does.
     """
-    frames = without_scale(start.world_from_pair)
+    frames, images = without_scale(start.world_from_pair), observations.images.cpu()
     poses = []
     for n in range(len(observations.names)):
-        own, seen = observations.images[0] == n, observations.images[1] == n
+        own, seen = images[0] == n, images[1] == n
         if own.any():
             poses.append(frames[torch.where(own, start.distances, torch.inf).argmin()])
             continue

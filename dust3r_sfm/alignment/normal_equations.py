@@ -26,6 +26,8 @@ CHUNK_PAIRS = 64
 MAX_CG_ITERS = 40
 CG_TOLERANCE = 1e-2
 """Relative residual, in the preconditioner's norm, at which a step is exact enough."""
+CHECK_EVERY = 8
+"""Iterations between looks at the residual on a device that would have to be waited for."""
 
 
 class Step(NamedTuple):
@@ -62,18 +64,20 @@ class NormalEquations:
         z_i, z_e = at_fixed_depth.solve(r_i, r_e)
         p_i, p_e = z_i, z_e
         rho = first_rho = _dot(r_i, z_i) + _dot(r_e, z_e)
-        for _ in range(MAX_CG_ITERS):
-            if not rho > CG_TOLERANCE**2 * first_rho:
+        check_every = 1 if rho.device.type == "cpu" else CHECK_EVERY
+        for i in range(MAX_CG_ITERS):
+            if i % check_every == 0 and not bool(rho > CG_TOLERANCE**2 * first_rho):
                 break
             Ap_i, Ap_e = at_fixed_depth.multiply(p_i, p_e)
             lost_i, lost_e = self._from_depth(self._to_depth(p_i, p_e) / D)
             Ap_i, Ap_e = (Ap_i - lost_i) * self.is_free, Ap_e - lost_e
-            alpha = rho / (_dot(p_i, Ap_i) + _dot(p_e, Ap_e))
+            alpha = rho / (_dot(p_i, Ap_i) + _dot(p_e, Ap_e)).clamp(min=1e-300)
             x_i, x_e = x_i + alpha * p_i, x_e + alpha * p_e
             r_i, r_e = r_i - alpha * Ap_i, r_e - alpha * Ap_e
             z_i, z_e = at_fixed_depth.solve(r_i, r_e)
             rho, last = _dot(r_i, z_i) + _dot(r_e, z_e), rho
-            p_i, p_e = z_i + rho / last * p_i, z_e + rho / last * p_e
+            beta = rho / last.clamp(min=1e-300)
+            p_i, p_e = z_i + beta * p_i, z_e + beta * p_e
         return Step(x_i, x_e, -(self.g_d + self._to_depth(x_i, x_e)) / D)
 
     def _to_depth(self, x_i: Float[Tensor, "n 8"], x_e: Float[Tensor, "e 7"]) -> Float[Tensor, "n m"]:
@@ -99,8 +103,8 @@ class _FixedDepthSolver:
         self.inverse_H_e = torch.linalg.inv_ex(self.H_e).inverse
         self.back = self.H_ie @ self.inverse_H_e
         n = len(self.H_i)
-        S = torch.zeros(n, n, CAMERA_DOF, CAMERA_DOF, dtype=torch.float64)
-        S[range(n), range(n)] = self.H_i
+        S = self.H_i.new_zeros(n, n, CAMERA_DOF, CAMERA_DOF)
+        S.diagonal(dim1=0, dim2=1).copy_(self.H_i.movedim(0, -1))
         for a in (0, 1):
             for b in (0, 1):
                 S.index_put_((self.images[a], self.images[b]), -self.back[a] @ self.H_ie[b].mT, accumulate=True)
@@ -140,7 +144,7 @@ def normal_equations(problem: Problem, state: State, evaluation: Evaluation) -> 
     origins = state.world_from_pair[:, :3, 3].float()
     H, g, C = [], [], []
     D, g_d = torch.zeros_like(state.depth), torch.zeros_like(state.depth)
-    for e in torch.arange(images.shape[1]).split(CHUNK_PAIRS):
+    for e in torch.arange(images.shape[1], device=images.device).split(CHUNK_PAIRS):
         i = images[:, e]
         points, weights = evaluation.points_in_world[i], evaluation.irls_weights[:, e]
         residuals = points - evaluation.pair_points_in_world[:, e]
@@ -211,5 +215,5 @@ def _apply(A: Float[Tensor, "b k l"], x: Float[Tensor, "b l"]) -> Float[Tensor, 
     return (A @ x[..., None])[..., 0]
 
 
-def _dot(a: Float[Tensor, "b k"], b: Float[Tensor, "b k"]) -> float:
-    return float((a * b).sum())
+def _dot(a: Float[Tensor, "b k"], b: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
+    return (a * b).sum()

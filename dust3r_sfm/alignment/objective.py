@@ -59,6 +59,9 @@ class State:
     depth: Float[Tensor, "n m"]
     world_from_pair: Float[Tensor, "e 4 4"]
 
+    def to(self, device: torch.device | str) -> State:
+        return State(*(x.to(device) for x in (self.world_from_cam, self.focal, self.depth, self.world_from_pair)))
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
@@ -74,7 +77,7 @@ class Evaluation:
 
 def focused_rays(problem: Problem, state: State) -> Float[Tensor, "n m 3"]:
     """Rays in the cameras' frames with z = 1 at the state's focals."""
-    factor = torch.ones(len(state.focal), 1, 3)
+    factor = problem.rays.new_ones(len(state.focal), 1, 3)
     factor[..., :2] = (1 / state.focal.float())[:, None, None]
     return problem.rays * factor
 

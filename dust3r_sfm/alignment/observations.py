@@ -97,7 +97,8 @@ def stack_samples(views: Sequence[View], samples: dict[Pair, PairSamples], max_s
     pairs = tuple(pair for pair in samples if pair.name0 in index and pair.name1 in index)
     used = [samples[pair] for pair in pairs]
     m = max(len(w) for s in used for w in s.weights)
-    points, weights = torch.zeros(2, len(pairs), m, 3), torch.zeros(2, len(pairs), m)
+    device = used[0].points[0].device
+    points, weights = torch.zeros(2, len(pairs), m, 3, device=device), torch.zeros(2, len(pairs), m, device=device)
     for e, pair_samples in enumerate(used):
         for side in (0, 1):
             length = len(pair_samples.weights[side])
@@ -107,11 +108,11 @@ def stack_samples(views: Sequence[View], samples: dict[Pair, PairSamples], max_s
         names=tuple(view.name for view in views),
         pairs=pairs,
         grids=tuple(SparseGrid.of(view.size, max_samples) for view in views),
-        images=torch.tensor([[index[pair[side]] for pair in pairs] for side in (0, 1)]),
+        images=torch.tensor([[index[pair[side]] for pair in pairs] for side in (0, 1)], device=device),
         points=points,
         weights=weights,
-        units=torch.tensor([s.unit for s in used]),
-        scores=torch.tensor([s.score for s in used]),
+        units=torch.tensor([s.unit for s in used], device=device),
+        scores=torch.tensor([s.score for s in used], device=device),
     )
 
 
@@ -142,7 +143,7 @@ def _sample_pair(prediction: PairPrediction, views: Sequence[View], max_samples:
         points.append(grid.sample(pointmap).float())
         confidences.append(grid.sample(confidence).float())
         weight = usable_weights(points[-1], confidences[-1], side)
-        weights.append(weight if view.mask is None else weight * grid.sample(view.mask))
+        weights.append(weight if view.mask is None else weight * grid.sample(view.mask).to(weight.device))
     if min(int((w > 0).sum()) for w in weights) < MIN_SAMPLES:
         return None
     unit = float(points[0][weights[0] > 0].norm(dim=-1).median())
