@@ -43,6 +43,7 @@ from dust3r_sfm.infer_pairs import computes_in_bfloat16, pick_device
 from dust3r_sfm.models.dust3r import Dust3r, Tokens
 from dust3r_sfm.pair_report import PairErrors, PairReport, make_report
 from dust3r_sfm.pairs import PairPrediction
+from dust3r_sfm.procedural_pairs import procedural_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +65,31 @@ class _Measured(NamedTuple):
     """Indices of the points' pixels in the flattened image 1."""
 
 
-def main(scenes_dir: Path, model: str | None = None, json: Path | None = None) -> PairReport:
+def main(
+    scenes_dir: Path | None = None,
+    model: str | None = None,
+    json: Path | None = None,
+    procedural: int = 0,
+    textures: Path | None = None,
+) -> PairReport:
     """Measure what a network predicts for single pairs of photos, on fixed pairs with reference cameras.
 
     Args:
         scenes_dir: Folder of scenes, each with images and a cameras.json, and pairs_within_60deg.json.
         model: Checkpoint file, folder or hub name; the shipped weights where not given.
         json: File to write the figures to.
+        procedural: In place of the scenes, so many rendered pairs, of worlds such as the network is trained on.
+        textures: Folder of photos for the rendered worlds' textures, beside generated ones.
     """
-    network = Dust3r.from_pretrained(model)
-    dev_pairs = load_dev_pairs(scenes_dir, network.config.image_size, square_ok=network.config.square_ok)
-    report = evaluate_pairs(network, dev_pairs, pick_device())
+    if (scenes_dir is None) == (procedural < 1):
+        raise InputError("give --scenes_dir, or the number of --procedural pairs: one of both")
+    network, device = Dust3r.from_pretrained(model), pick_device()
+    c = network.config
+    if scenes_dir is None:
+        dev_pairs = procedural_pairs(procedural, c.image_size, device, textures)
+    else:
+        dev_pairs = load_dev_pairs(scenes_dir, c.image_size, square_ok=c.square_ok)
+    report = evaluate_pairs(network, dev_pairs, device)
     print(report.table())
     if json is not None:
         write_bytes(json, dumps(report.to_dict(), indent=1).encode())
@@ -260,9 +275,11 @@ def _errors(
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--scenes_dir", type=Path, required=True)
+    parser.add_argument("--scenes_dir", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--procedural", type=int, default=0)
+    parser.add_argument("--textures", type=Path)
     return parser.parse_args(arguments)
 
 
