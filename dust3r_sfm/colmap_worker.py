@@ -34,8 +34,13 @@ def run_task(task: str, timeout_s: float | None = None, **arguments: Any) -> boo
     return done.returncode == 0
 
 
-def sift(database: str, image_dir: str, names: list[str], pairs: str | None) -> None:
-    """Extract SIFT features, match the pairs of a file (all where None) and verify them by their epipolar geometry."""
+def sift(
+    database: str, image_dir: str, names: list[str], pairs: str | None, cameras: dict[str, dict[str, Any]]
+) -> None:
+    """Extract SIFT features, match the pairs of a file (all where None) and verify them by their epipolar geometry.
+
+    `cameras` are those that are known, by image name.
+    """
     import pycolmap
 
     pycolmap.set_random_seed(0)
@@ -43,6 +48,12 @@ def sift(database: str, image_dir: str, names: list[str], pairs: str | None) -> 
     pycolmap.extract_features(
         *(database, image_dir, names), extraction_options={"max_image_size": MAX_IMAGE_SIDE}, device=device
     )
+    with pycolmap.Database.open(database) as opened:
+        for image in opened.read_all_images() if cameras else ():
+            if image.name in cameras:
+                camera = pycolmap.Camera(camera_id=image.camera_id, **cameras[image.name])
+                camera.has_prior_focal_length = True
+                opened.update_camera(camera)
     verification: Any = {"ransac": {"random_seed": 0}}
     if pairs is None:
         pycolmap.match_exhaustive(database, verification_options=verification, device=device)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dust3r_sfm.alignment.align import AlignConfig, iterate_components
 from dust3r_sfm.alignment.refine import RefineConfig
 from dust3r_sfm.alignment.tracks import TrackConfig, build_tracks
-from dust3r_sfm.errors import InputError
+from dust3r_sfm.errors import InputError, ReconstructionError
 from dust3r_sfm.export_scene import ExportConfig, check_formats, export_scenes
 from dust3r_sfm.extract_frames import FrameConfig, extract_frames
 from dust3r_sfm.files import LOCK_NAME, holding, write_bytes
@@ -38,6 +38,7 @@ from dust3r_sfm.pairs_from_retrieval import pairs_from_retrieval
 from dust3r_sfm.refine_scene import refine_photos
 from dust3r_sfm.report import write_reports
 from dust3r_sfm.scene import Scene
+from dust3r_sfm.sparse_features import check_both
 from dust3r_sfm.summary import Summary
 from dust3r_sfm.views import View, list_images, load_views, read_views
 
@@ -72,6 +73,8 @@ def main(
     pairs_file: Path | None = None,
     cameras: Path | None = None,
     masks: Path | None = None,
+    features: Path | None = None,
+    matches: Path | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
     refine: Literal["ba", "none"] = "ba",
     text: bool = False,
@@ -92,6 +95,8 @@ def main(
         pairs_file: Text file with two image names a line, as hloc writes it, in place of the pairs above.
         cameras: Known intrinsics and poses of some or all photos: a cameras.json or the folder of a COLMAP model.
         masks: Folder with <image name>.png for some or all photos, black where a photo may not be used.
+        features: Keypoints in SIFT's place: a feature file of hloc.
+        matches: The match file of hloc that goes with the features.
         on_bad_image: Stop at photos that cannot be used, or leave them out.
         refine: ba adds SIFT matches of the stored photos and adjusts all cameras and points; none keeps the alignment.
         text: Write the COLMAP models as text too.
@@ -99,6 +104,8 @@ def main(
     """
     if (image_dir is None) == (video is None):
         raise InputError("expected either --image_dir, a folder of photos, or --video, a video file")
+    check_both(features, matches)
+    given = (features, matches) if features is not None and matches is not None else None
     _refuse_foreign_model(output)
     summary = Summary()
     with holding(output):
@@ -115,10 +122,20 @@ def main(
         check_formats(config.export, summary.names)
         directed = _choose_pairs(network, views, pairs, window, num_matched, pairs_file)
         try:
-            scenes, matches = _align_and_match(network, views, directed, output, config, summary)
+            failure = None
+            try:
+                scenes, dense = _align_and_match(network, views, directed, output, config, summary)
+            except ReconstructionError as error:  # SIFT alone may still register the photos
+                if refine == "none":
+                    raise
+                scenes, dense, failure = [], {}, error
             if refine == "ba":
-                scenes = _refine(image_dir, views, scenes, matches, directed, output, config, summary)
-            _export(scenes, views, output, text, summary, config.export, image_dir, matches)
+                scenes = _refine(image_dir, views, scenes, dense, directed, output, config, summary, given)
+            if failure is not None:
+                summary.refinement = {**summary.refinement, "alignment": str(failure)}
+                if not scenes:
+                    raise failure
+            _export(scenes, views, output, text, summary, config.export, image_dir, dense)
         finally:
             summary.write(output / "summary.json")
             write_reports(output, summary)
@@ -159,10 +176,12 @@ def _refine(
     output: Path,
     config: ReconstructConfig,
     summary: Summary,
+    given: tuple[Path, Path] | None,
 ) -> list[Scene]:
     with summary.timed("refine_scene"):
         chosen = None if len(views) <= MAX_EXHAUSTIVE else pairs
-        refinement = refine_photos(image_dir, views, scenes, matches, chosen, output, config.bundle, config.tracks)
+        configs = config.bundle, config.tracks
+        refinement = refine_photos(image_dir, views, scenes, matches, chosen, output, *configs, given)
     summary.refinement = refinement.figures
     return refinement.scenes
 

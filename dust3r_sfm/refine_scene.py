@@ -48,7 +48,7 @@ from dust3r_sfm.mapping import (
 )
 from dust3r_sfm.pairs import Matches, Pair
 from dust3r_sfm.scene import Scene, Tracks
-from dust3r_sfm.sparse_features import extract_sift, guide, within_masks
+from dust3r_sfm.sparse_features import check_both, extract_sift, guide, import_features, known_cameras, within_masks
 from dust3r_sfm.views import View
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,8 @@ def main(
     image_dir: Path,
     matches: Path,
     output: Path,
+    features: Path | None = None,
+    feature_matches: Path | None = None,
     config: RefineConfig = RefineConfig(),  # noqa: B008  frozen
 ) -> None:
     """Refine aligned scenes by SIFT matches of the stored photos and bundle adjustment.
@@ -79,14 +81,20 @@ def main(
         image_dir: The folder of photos it was made of.
         matches: What match_dense wrote, such as matches.h5.
         output: The file to write; SIFT features are kept beside it in features.db.
+        features: Keypoints in SIFT's place: a feature file of hloc.
+        feature_matches: The match file of hloc that goes with the features.
         config: How the models are adjusted.
     """
     scenes = read_scenes(scene)
     views = load_scene_views(scenes, image_dir)
     output.parent.mkdir(parents=True, exist_ok=True)
     dense = read_matches(matches)
-    names = [view.name for view in views]
-    sparse = extract_sift(image_dir, names, None if len(names) <= 40 else dense, output.with_name("features.db"))
+    check_both(features, feature_matches)
+    if features is not None and feature_matches is not None:
+        sparse = import_features(image_dir, views, features, feature_matches)
+    else:
+        pairs = None if len(views) <= 40 else dense
+        sparse = extract_sift(image_dir, [view.name for view in views], pairs, output.with_name("features.db"))
     scenes = [build_tracks(one, dense, views) for one in scenes]
     refinement = refine_scenes(views, scenes, dense, sparse, output.parent, config)
     write_scenes(output, refinement.scenes)
@@ -102,14 +110,17 @@ def refine_photos(
     output: Path,
     config: RefineConfig = RefineConfig(),  # noqa: B008  frozen
     tracks: TrackConfig = TrackConfig(),  # noqa: B008  frozen
+    given: tuple[Path, Path] | None = None,
 ) -> Refinement:
     """`refine_scenes` with SIFT matches of the stored photos (of all pairs where None); kept below `output`.
 
-    An earlier run's features.db and scene.h5 are taken as they are where nothing has changed.
+    Features and matches of hloc's files are taken instead where they are given. An earlier
+    run's features.db and scene.h5 are taken as they are where nothing has changed.
     """
     photos = hash_of(*(part for v in views for part in (v.name, v.image.numpy().tobytes(), repr(v.original_size))))
-    photos = hash_of(photos, repr(pairs))
+    photos = hash_of(photos, repr(pairs), *map(_known_camera_key, views))
     key = hash_of(photos, repr(config), repr(tracks), *map(_scene_key, scenes), *map(_known_key, views))
+    key = hash_of(key, *(path.read_bytes() for path in given)) if given else key
     note, path = output / ".refined.json", output / "scene.h5"
     earlier = json.loads(note.read_text()) if note.is_file() else {}
     if earlier.get("key") == key and path.is_file():
@@ -118,7 +129,11 @@ def refine_photos(
     note.unlink(missing_ok=True)
     if earlier.get("photos") != photos:
         (output / "features.db").unlink(missing_ok=True)
-    sparse = extract_sift(image_dir, [view.name for view in views], pairs, output / "features.db")
+    if given:
+        sparse = import_features(image_dir, views, *given)
+    else:
+        names = [view.name for view in views]
+        sparse = extract_sift(image_dir, names, pairs, output / "features.db", known_cameras(views))
     write_bytes(note, json.dumps({"photos": photos}).encode())
     refinement = refine_scenes(views, scenes, matches, sparse, output, config, tracks)
     write_scenes(path, refinement.scenes)
@@ -277,8 +292,12 @@ def _scene_key(scene: Scene) -> str:
 
 
 def _known_key(view: View) -> str:
-    known = [None if x is None else x.tolist() for x in (view.known_K, view.known_cam_from_world)]
-    return repr([*known, view.lens])
+    pose = view.known_cam_from_world
+    return _known_camera_key(view) + repr(pose if pose is None else pose.tolist())
+
+
+def _known_camera_key(view: View) -> str:
+    return repr([view.known_K if view.known_K is None else view.known_K.tolist(), view.lens])
 
 
 def _figures(support: Support) -> dict[str, Any]:

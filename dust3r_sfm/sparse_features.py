@@ -9,19 +9,26 @@ import copy
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pycolmap
+import torch
+from tqdm import tqdm
 
 from dust3r_sfm.alignment.guidance import Trust, guided_matches, merged, predict, refuted, trust
 from dust3r_sfm.colmap_worker import run_task
+from dust3r_sfm.errors import InputError
 from dust3r_sfm.files import replacing, write_bytes
-from dust3r_sfm.formats.sparse_database import SparseMatches, read_database
+from dust3r_sfm.formats.hloc_features import read_feature_matches, read_features
+from dust3r_sfm.formats.sparse_database import SparseMatches, read_database, write_database
+from dust3r_sfm.geometry.camera import K_from_focal
+from dust3r_sfm.geometry.lens import camera_with_lens
 from dust3r_sfm.pairs import Pair
 from dust3r_sfm.scene import Scene
-from dust3r_sfm.views import View, list_images
+from dust3r_sfm.views import View, list_images, load_views
 
 logger = logging.getLogger(__name__)
 
@@ -29,25 +36,55 @@ MIN_INLIERS = 15
 """Matches that one epipolar geometry must explain for a pair to count, as in COLMAP."""
 MAX_UNGUIDED = 200
 """Pairs with more verified matches are not searched again: they have enough, and searching takes long."""
+PREVIEW_SIZE = 64
+"""Long side of views that are asked for the sizes of their photos alone."""
 EMPTY = SparseMatches({}, {}, {}, {})
 
 
-def main(image_dir: Path, output: Path) -> None:
+def main(
+    image_dir: Path,
+    output: Path,
+    features: Path | None = None,
+    matches: Path | None = None,
+) -> None:
     """Extract and match SIFT features of a folder of photos, every one with every other.
 
     Args:
         image_dir: Folder of photos, sub-folders included.
         output: The COLMAP database to write.
+        features: Keypoints in SIFT's place: a feature file of hloc.
+        matches: The match file of hloc that goes with the features.
     """
+    check_both(features, matches)
     output.parent.mkdir(parents=True, exist_ok=True)
     names = list_images(image_dir)
-    sparse = extract_sift(image_dir, names, None, output)
+    if features is not None and matches is not None:
+        sparse = import_features(image_dir, load_views(image_dir, PREVIEW_SIZE), features, matches)
+        cameras = list(sparse.cameras.values())
+        with replacing(output) as temporary:
+            write_database(temporary, list(sparse.cameras), cameras, sparse)
+    else:
+        sparse = extract_sift(image_dir, names, None, output)
     logger.info("%d pairs of %d photos share verified matches: %s.", len(sparse.geometries), len(names), output)
 
 
-def extract_sift(image_dir: Path, names: Sequence[str], pairs: Iterable[Pair] | None, database: Path) -> SparseMatches:
+def check_both(features: Path | None, matches: Path | None) -> None:
+    """InputError where one of hloc's two files is given without the other."""
+    if (features is None) != (matches is None):
+        given, lacking = ("features", "matches") if matches is None else ("matches", "features")
+        raise InputError(f"--{given} is given without --{lacking}: hloc's two files belong together")
+
+
+def extract_sift(
+    image_dir: Path,
+    names: Sequence[str],
+    pairs: Iterable[Pair] | None,
+    database: Path,
+    cameras: Mapping[str, pycolmap.Camera] | None = None,
+) -> SparseMatches:
     """SIFT features of the named photos and the verified matches of pairs (all where None), kept in `database`.
 
+    Matches are verified with the known `cameras`, and with COLMAP's guesses where there is none.
     A database of an earlier run with the same photos and pairs is read as it is: remove it to
     match again. Photos that COLMAP cannot read have no keypoints; no result at all where it fails.
     """
@@ -64,6 +101,7 @@ def extract_sift(image_dir: Path, names: Sequence[str], pairs: Iterable[Pair] | 
                     image_dir=image_dir.absolute(),
                     names=list(names),
                     pairs=None if listed is None else pairs_path.absolute(),
+                    cameras={name: _plain(camera) for name, camera in (cameras or {}).items()},
                 )
             finally:
                 pairs_path.unlink()
@@ -73,6 +111,62 @@ def extract_sift(image_dir: Path, names: Sequence[str], pairs: Iterable[Pair] | 
             database.unlink()
             return EMPTY
     return read_database(database)
+
+
+def known_cameras(views: Iterable[View]) -> dict[str, pycolmap.Camera]:
+    """The cameras of the stored photos of views whose K is known."""
+    known = [view for view in views if view.known_K is not None]
+    return {v.name: camera_with_lens(v.known_K.double().numpy(), v.original_size, v.lens) for v in known}
+
+
+def _plain(camera: pycolmap.Camera) -> dict[str, Any]:
+    return {
+        **{"model": camera.model.name, "width": camera.width, "height": camera.height},
+        "params": list(map(float, camera.params)),
+    }
+
+
+def import_features(image_dir: Path, views: Sequence[View], features: Path, matches: Path) -> SparseMatches:
+    """Keypoints and matches of hloc's files, verified as SIFT's are; descriptors help guided matching where there are.
+
+    InputError where the files are not of these photos.
+    """
+    sizes = {view.name: view.original_size for view in views}
+    found = read_features(features, sizes)
+    paired = read_feature_matches(matches, found.keypoints)
+    known = known_cameras(views)
+    cameras = {n: known[n] if n in known else _guessed_camera(image_dir / n, sizes[n]) for n in found.keypoints}
+    for name in known.keys() & cameras.keys():
+        cameras[name].has_prior_focal_length = True
+    geometries = {}
+    for pair, rows in tqdm(sorted(paired.items()), desc="Verify", unit="pair", disable=None):
+        geometry = _verified(cameras, found.keypoints, pair, rows)
+        if geometry is not None:
+            geometries[pair] = geometry
+    logger.info("%d of %d pairs of %s are verified.", len(geometries), len(paired), matches)
+    return SparseMatches(found.keypoints, geometries, cameras, found.descriptors)
+
+
+def _guessed_camera(path: Path, size: tuple[int, int]) -> pycolmap.Camera:
+    """COLMAP's guess from EXIF, or of the size alone where it cannot read the photo."""
+    try:
+        return pycolmap.infer_camera_from_image(path)
+    except (RuntimeError, ValueError):  # of formats that it does not know
+        K = K_from_focal(torch.tensor(1.2 * max(size)), torch.tensor(size) / 2)
+        return camera_with_lens(K.double().numpy(), size)
+
+
+def _verified(
+    cameras: Mapping[str, pycolmap.Camera], keypoints: Mapping[str, np.ndarray], pair: Pair, matches: np.ndarray
+) -> pycolmap.TwoViewGeometry | None:
+    """The epipolar geometry that explains most matches; None where they are too few."""
+    if len(matches) < MIN_INLIERS:
+        return None
+    options = pycolmap.TwoViewGeometryOptions()
+    options.ransac.random_seed = 0
+    ends = [(cameras[name], keypoints[name]) for name in pair]
+    geometry = pycolmap.estimate_two_view_geometry(*ends[0], *ends[1], matches.astype(np.uint32), options)
+    return geometry if len(geometry.inlier_matches) >= MIN_INLIERS else None
 
 
 def within_masks(sparse: SparseMatches, views: Sequence[View]) -> SparseMatches:
@@ -151,19 +245,7 @@ def _guided_pair(
         descriptors0, descriptors1 = (sparse.descriptors[name] for name in pair)
         more = guided_matches(prediction, keypoints1, descriptors0, descriptors1, max_error_px)
         matches = merged(matches, more)
-    if len(matches) < MIN_INLIERS:
-        return None
-    options = pycolmap.TwoViewGeometryOptions()
-    options.ransac.random_seed = 0
-    geometry = pycolmap.estimate_two_view_geometry(
-        sparse.cameras[pair.name0],
-        keypoints0,
-        sparse.cameras[pair.name1],
-        keypoints1,
-        matches.astype(np.uint32),
-        options,
-    )
-    return geometry if len(geometry.inlier_matches) >= MIN_INLIERS else None
+    return _verified(sparse.cameras, sparse.keypoints, pair, matches)
 
 
 if __name__ == "__main__":

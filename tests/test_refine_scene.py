@@ -10,7 +10,10 @@ from observed import observed_scene, perturbed
 from procedural import make_scene
 
 from dust3r_sfm.evaluate import evaluate_poses
+from dust3r_sfm.formats.colmap import colmap_from_scene
+from dust3r_sfm.formats.colmap_scenes import seen_maps
 from dust3r_sfm.formats.sparse_database import SparseMatches
+from dust3r_sfm.geometry.lens import Lens, bent
 from dust3r_sfm.pairs import Pair
 from dust3r_sfm.refine_scene import closing_line, refine_scenes
 from dust3r_sfm.sparse_features import EMPTY, guide
@@ -70,6 +73,7 @@ def test_a_perturbed_scene_returns_to_the_truth(procedural, observed, views, tmp
     assert report(aligned, procedural).auc[5] < 0.6
     assert report(scene, procedural).auc[1] > 0.93
     assert scene.names == observed.names
+    assert set(scene.lenses) <= {None}  # a distortion that bends nothing is none
     assert scene.tracks.errors.mean() < 1
     origins = [line["origin"] for line in found.figures["candidates"]]
     assert origins[0] == "alignment"
@@ -96,6 +100,31 @@ def test_images_without_matches_keep_their_aligned_place(procedural, observed, v
     assert found.figures["chosen"][0]["after"]["verified_images"] == 5
     assert report(scene, procedural).auc[3] > 0.9
     assert (scene.depth[scene.names.index(lone)] > 0).all()
+
+
+def bend(scene, k1):
+    """The scene's keypoints as a lens of SIMPLE_RADIAL distortion k1 would show them."""
+    lens = Lens("SIMPLE_RADIAL", (k1,))
+    pixels = bent(scene.tracks.keypoints.double().numpy(), scene.K_img(0), lens)
+    return dataclasses.replace(
+        scene, tracks=dataclasses.replace(scene.tracks, keypoints=torch.from_numpy(pixels).float())
+    )
+
+
+def test_distortion_that_is_found_is_exported_with_depths_on_the_pinhole(procedural, observed, views, tmp_path):
+    aligned = without_tracks(perturbed(observed))
+    found = refine_scenes(views, [aligned], {}, sparse_of(bend(observed, 0.2)), tmp_path)
+    (scene,) = found.scenes
+    assert report(scene, procedural).auc[1] > 0.93
+    assert [lens.model for lens in scene.lenses] == ["SIMPLE_RADIAL"] * NUM_VIEWS
+    assert [lens.coefficients[0] for lens in scene.lenses] == pytest.approx([0.2] * NUM_VIEWS, abs=0.02)
+    model = colmap_from_scene(scene)
+    assert model.compute_mean_reprojection_error() < 0.75  # noise of half a pixel; 20 px in the corners without
+    depth = seen_maps(scene)[scene.names[0]][0]  # back to the pixels that the network saw
+    there = (depth > 0) & (observed.depth[0] > 0)
+    ratio = depth[there] / observed.depth[0][there]
+    assert there.float().mean() > 0.9
+    assert (ratio / ratio.median() - 1).abs().median() < 0.01
 
 
 def test_without_verified_matches_dense_tracks_alone_are_adjusted(procedural, observed, views, tmp_path):
