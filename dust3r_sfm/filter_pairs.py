@@ -1,4 +1,9 @@
-"""Stage: pairs of which the network is not sure are dropped, but not those that alone hold the graph together."""
+"""Stage: pairs that the network is not sure of are dropped, and those that contradict the others.
+
+Photos of look-alike places make confident pairs that are wrong. They are told by what all pairs say together
+(`alignment.consensus`), in which pairs that verified matches of keypoints support count for more. Pairs that alone
+hold the graph together are kept.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from dust3r_sfm.alignment.contradictions import PairVerdict, judge_pairs
+from dust3r_sfm.alignment.relations import PairSamples, sample_pair
 from dust3r_sfm.errors import InputError, ReconstructionError
 from dust3r_sfm.formats.pairs import write_pairs
 from dust3r_sfm.graph import connected_components, maximum_spanning_tree, symmetrize
@@ -36,6 +44,8 @@ class FilterConfig:
     level is the median over images of the best pair's score, as models differ in it."""
     min_bridge_confidence: float | None = None
     """Pairs that alone connect two parts of the graph are kept down to this score. Where not given, level ** 0.1."""
+    contradictions: Literal["drop", "keep"] = "drop"
+    """What becomes of pairs that contradict what all pairs together say of rotations, scales and places."""
 
 
 @dataclass(frozen=True)
@@ -88,33 +98,56 @@ def keep_pairs(predictions: Predictions, decisions: Sequence[PairDecision]) -> P
 
 
 def decide_pairs(
-    predictions: Predictions, names: Sequence[str], config: FilterConfig = FilterConfig()
+    predictions: Predictions,
+    names: Sequence[str],
+    config: FilterConfig = FilterConfig(),
+    num_verified: Mapping[Pair, int] | None = None,
 ) -> list[PairDecision]:
     """What becomes of each pair, in the order of `predictions`: kept for its score, kept as a bridge, or dropped.
 
-    Bridges are edges of the maximum spanning tree over the scores, so that no part of the graph
-    is cut off by a pair that is weak but real. Both directions of a pair are judged on their own.
+    Bridges are edges of the maximum spanning tree over the scores, so that no part of the graph is cut off by a pair
+    that is weak but real. Of the pairs that are left, those are dropped that contradict the others, as long as no part
+    is cut off. `num_verified` are verified matches of pairs in either direction, where they are known.
     """
     unknown = sorted({name for pair in predictions for name in pair} - set(names))
     if unknown:
         raise InputError(f"predictions name images that are not there: {', '.join(unknown)}")
-    faults, scores = {}, {}
+    faults, scores, samples = _look_through(predictions)
+    min_score, min_bridge = _thresholds(scores, config)
+    tree = maximum_spanning_tree(names, scores)
+    bridges = set(symmetrize(pair for pair in tree if scores[pair] < min_score))
+    decisions = [
+        PairDecision(pair, False, faults[pair], 0.0)
+        if pair in faults
+        else _decide(pair, scores[pair], min_score, min_bridge, pair in bridges)
+        for pair in predictions
+    ]
+    if config.contradictions == "keep":
+        return decisions
+    kept = {d.pair: samples[d.pair] for d in decisions if d.kept}
+    verdicts = judge_pairs(names, kept, scores, num_verified)
+    return [_with_verdict(decision, verdicts.get(decision.pair)) for decision in decisions]
+
+
+def _look_through(
+    predictions: Predictions,
+) -> tuple[dict[Pair, str], dict[Pair, float], dict[Pair, PairSamples | None]]:
+    """Why predictions cannot be used, and of the others the scores and what is needed to compare them."""
+    faults, scores, samples = {}, {}, {}
     for pair in tqdm(predictions, desc="Filter", unit="pair", disable=None):
         prediction = predictions[pair]
         fault = _fault(pair, prediction)
         if fault:
             faults[pair] = fault
         else:
-            scores[pair] = pair_score(prediction)
-    min_score, min_bridge = _thresholds(scores, config)
-    tree = maximum_spanning_tree(names, scores)
-    bridges = set(symmetrize(pair for pair in tree if scores[pair] < min_score))
-    return [
-        PairDecision(pair, False, faults[pair], 0.0)
-        if pair in faults
-        else _decide(pair, scores[pair], min_score, min_bridge, pair in bridges)
-        for pair in predictions
-    ]
+            scores[pair], samples[pair] = pair_score(prediction), sample_pair(prediction)
+    return faults, scores, samples
+
+
+def _with_verdict(decision: PairDecision, verdict: PairVerdict | None) -> PairDecision:
+    if verdict is None:
+        return decision
+    return replace(decision, kept=verdict.kept, reason=f"{decision.reason}{verdict.reason}")
 
 
 def with_doubts(decisions: Sequence[PairDecision], scenes: Sequence[Scene]) -> list[PairDecision]:

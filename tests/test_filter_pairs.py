@@ -11,6 +11,7 @@ from procedural import make_scene
 from dust3r_sfm.errors import InputError, ReconstructionError
 from dust3r_sfm.filter_pairs import FilterConfig, decide_pairs, filter_pairs, keep_pairs, main, pair_score, with_doubts
 from dust3r_sfm.formats.pairs import read_pairs
+from dust3r_sfm.geometry.transforms import inverse, rotation_from_rotvec
 from dust3r_sfm.graph import connected_components
 from dust3r_sfm.pairs import Pair, PairPrediction
 
@@ -185,3 +186,58 @@ def test_the_stage_writes_the_kept_pairs_and_says_what_stays_connected(tmp_path,
 def test_the_stage_says_what_to_run_where_there_are_no_predictions(tmp_path):
     with pytest.raises(InputError, match="run infer_pairs first"):
         main(tmp_path / "none.h5", tmp_path / "pairs.txt")
+
+
+def moved(prediction, cam0_from_cam0):
+    """The same with image 1 elsewhere, as sure as before."""
+    in_cam0 = prediction.pointmap1_in_cam0 @ cam0_from_cam0[:3, :3].T + cam0_from_cam0[:3, 3]
+    return replace(prediction, pointmap1_in_cam0=in_cam0)
+
+
+@pytest.fixture(scope="module")
+def lookalike():
+    """Six photos, predictions of little noise, and a pair whose directions agree on a wrong place of image 3."""
+    scene = make_scene(6, (24, 32), noise=0.01)
+    wrong = Pair(scene.names[0], scene.names[3])
+    turn = torch.eye(4)
+    turn[:3, :3] = rotation_from_rotvec(torch.tensor([0.0, 1.5, 0.0]))
+    cam3_from_cam0 = scene.cam_from_world[3] @ inverse(scene.cam_from_world[0])
+    back = cam3_from_cam0 @ inverse(turn) @ inverse(cam3_from_cam0)
+    back[:3, 3] *= scene.scales[wrong.reversed()]
+    predictions = dict(scene.predictions)
+    for pair, move in ((wrong, turn), (wrong.reversed(), back)):
+        predictions[pair] = moved(predictions[pair], move)
+    return scene, predictions, wrong
+
+
+def test_a_sure_pair_that_contradicts_the_others_is_dropped_with_the_reason(lookalike):
+    scene, predictions, wrong = lookalike
+    decisions = {d.pair: d for d in decide_pairs(predictions, scene.names, FilterConfig(min_confidence=1.5))}
+    assert {pair for pair, decision in decisions.items() if not decision.kept} == {wrong, wrong.reversed()}
+    assert "it contradicts the other pairs: rotation" in decisions[wrong].reason
+    assert "0 of 4 triangles agree" in decisions[wrong].reason
+    assert "3 of 4 triangles agree" in decisions[Pair(scene.names[0], scene.names[1])].reason
+    keep = FilterConfig(min_confidence=1.5, contradictions="keep")
+    assert all(decision.kept for decision in decide_pairs(predictions, scene.names, keep))
+
+
+def test_verified_matches_tell_which_of_two_stories_is_true(lookalike):
+    """A chain 0-1-2 and its end 3, which one pair puts beside 2 and another, as sure, elsewhere beside 0."""
+    scene, predictions, wrong = lookalike
+    names = scene.names[:4]
+    true = [Pair(names[a], names[b]) for a, b in ((0, 1), (1, 2), (2, 3))]
+    some = {d: predictions[d] for pair in [*true, wrong] for d in (pair, pair.reversed())}
+    matches = dict.fromkeys(true, 200)
+    decisions = decide_pairs(some, names, FilterConfig(min_confidence=1.5), matches)
+    assert {d.pair for d in decisions if not d.kept} == {wrong, wrong.reversed()}
+    assert "200 verified matches" in next(d.reason for d in decisions if d.pair == true[0])
+    matches[wrong], matches[true[1]] = 200, 0
+    decisions = decide_pairs(some, names, FilterConfig(min_confidence=1.5), matches)
+    assert {d.pair for d in decisions if not d.kept} == {true[1], true[1].reversed()}
+
+
+def test_a_contradicting_pair_stays_where_an_image_has_no_other(lookalike):
+    scene, predictions, wrong = lookalike
+    some = {p: x for p, x in predictions.items() if scene.names[3] not in p or p in (wrong, wrong.reversed())}
+    decisions = decide_pairs(some, scene.names, FilterConfig(min_confidence=1.5))
+    assert all(decision.kept for decision in decisions)
