@@ -121,6 +121,9 @@ def test_the_summary_accounts_for_every_image_and_pair(image_dir, weights, exact
     assert {"load", "infer_pairs", "align_scene", "export_scene"} <= set(summary["timings_s"])
     assert summary["counts"]["points"] == summary["models"][0]["points"] > 100
     assert summary["models"][0]["mean_track_length"] > 2
+    assert summary["image_dir"] == str(image_dir.resolve())
+    for page in ("report.html", "pair_graph.html"):
+        assert "photos/004.jpg" in (tmp_path / "out" / page).read_text()
 
 
 def test_a_second_run_predicts_and_aligns_nothing_and_gives_the_same(

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
-from torch.nn.functional import max_pool2d
 
 from dust3r_sfm.geometry.camera import unproject
 from dust3r_sfm.geometry.transforms import camera_center, inverse, transform_points
 from dust3r_sfm.scene import Scene
 from dust3r_sfm.views import View
 
-EDGE_RATIO = 1.04
-"""Pixels whose neighbours' depths differ by more lie on an edge, where points hang in the air."""
+EDGE_BEND = 0.04
+"""Second difference of inverse depth over itself, beyond which a pixel lies on an edge and its point in the air."""
 FAR = 8.0
 """Points farther from the middle, in units of the distance of half of them, are not drawn."""
 
@@ -109,21 +108,26 @@ def outlook(scene: Scene, cloud: ViewedCloud) -> Outlook:
     reach = (points - target).norm(dim=-1).quantile(0.5).clamp(min=1e-6) if len(points) < 1e6 else target.norm()
     back = centers.mean(0) - target
     back = back / back.norm() if back.norm() > 0.05 * reach else -poses[0, 2, :3]
-    distance = max(2.4 * float(reach), 1.25 * float((centers - target).norm(dim=-1).median()))
-    eye = target + distance * (back + 0.35 * up)
+    distance = max(2.4 * float(reach), 1.6 * float((centers - target).norm(dim=-1).median()))
+    eye = target + distance * (back + 0.45 * up)
     gaps = torch.cdist(centers, centers).fill_diagonal_(torch.inf).amin(1)
     size = 0.3 * float(gaps[gaps.isfinite()].median()) if len(centers) > 1 else float(reach)
     size = min(max(size, 0.03 * float(reach)), 0.2 * float(reach))
     return Outlook(target, eye, up, size, COVER * float(cloud.spacing.median()) if len(cloud.points) else 0.0)
 
 
-def _on_edge(depth: Float[Tensor, "h w"]) -> Tensor:
-    logs = depth.clamp(min=1e-9).log()[None]
-    spread = max_pool2d(logs, 3, 1, 1) + max_pool2d(-logs, 3, 1, 1)
-    return spread[0].exp() > EDGE_RATIO
+def _on_edge(depth: Float[Tensor, "h w"]) -> Bool[Tensor, "h w"]:
+    """Where inverse depth, which is linear in the pixels of a plane, bends or breaks off."""
+    inverse_depth = 1 / depth.clamp(min=1e-9)
+    bend = torch.zeros_like(depth)
+    for axis in (0, 1):
+        before, here, after = (inverse_depth.narrow(axis, k, depth.shape[axis] - 2) for k in range(3))
+        inner = bend.narrow(axis, 1, depth.shape[axis] - 2)
+        torch.maximum(inner, (before - 2 * here + after).abs() / here, out=inner)
+    return bend > EDGE_BEND
 
 
-def _near(points: Float[Tensor, "n 3"]) -> Tensor:
+def _near(points: Float[Tensor, "n 3"]) -> Bool[Tensor, " n"]:
     if len(points) == 0:
         return torch.zeros(0, dtype=torch.bool)
     middle = points.median(0).values

@@ -31,6 +31,9 @@ if (made) {
   main.append(settings, details);
   listen();
   open(0);
+  render();
+  const fault = made.gl.getError();
+  if (fault) throw new Error(`WebGL says ${fault}`);
   document.body.dataset.ready = "true";
 }
 
