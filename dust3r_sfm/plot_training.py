@@ -1,6 +1,6 @@
 """Stage: the curves of a run of training as a picture.
 
-    dust3r-sfm plot-training run/history.json
+    dust3r-sfm plot-training --history run/history.json
 
 Needs matplotlib: `pip install "dust3r_sfm[train]"`.
 """

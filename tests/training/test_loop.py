@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig
+from dust3r_sfm.pairs import PairPrediction
 from dust3r_sfm.training.batches import Source, make_batch
 from dust3r_sfm.training.config import LoopConfig, learning_rate
 from dust3r_sfm.training.loop import Trainer, load_state_file
+from dust3r_sfm.training.losses import confidence_loss, regression_error
+from dust3r_sfm.training.step import objective
 from dust3r_sfm.training.world import Dice
 
 TINY = Dust3rConfig(
@@ -118,6 +121,69 @@ def test_a_resumed_run_counts_on_and_sees_new_worlds(textures, tmp_path):
     assert second.minutes_before > first.minutes_before
 
 
+def test_batches_made_ahead_train_the_same_network(textures):
+    options = {"max_steps": 3, "easy_share": 0.0, "constant_share": 1.0, "heights": (32, 48)}
+    runs = [trainer(textures, overlap=ahead, **options) for ahead in (False, True)]
+    for run_ in runs:
+        run(run_)
+    assert runs[0].pairs_seen == runs[1].pairs_seen
+    assert torch.allclose(runs[0].optimizer.parameters, runs[1].optimizer.parameters, atol=1e-6)
+
+
+def test_a_run_is_measured_at_its_start_now_and_then_and_at_its_end(textures):
+    run_ = trainer(textures, max_steps=4, easy_share=0.0, log_steps=2, measure_minutes=0.0)
+    lines = []
+    run_.train(lambda t: None, lines.append, lambda t: {"rra15": t.optimizer.step_count / 10})
+    measured = [(row["pairs"], row["rra15"]) for row in run_.history if "rra15" in row]
+    assert measured == [(0, 0.0), (2, 0.1), (4, 0.2), (6, 0.3), (8, 0.4), (8, 0.4)]
+    assert sum("error0" in row for row in run_.history) == 2
+    assert lines[0].endswith("rra15 0.000")
+
+
+def test_a_session_ends_before_its_run_which_goes_on_later(textures):
+    first = trainer(textures, session_minutes=0.5 / 60, max_steps=500)
+    run(first)
+    assert 0 < first.optimizer.step_count < 500
+    assert first.minutes_before < 0.5  # of 30: the schedule does not know of sessions
+    second = trainer(textures, max_steps=first.optimizer.step_count + 1)
+    second.load_state(first.state())
+    run(second)
+    assert second.optimizer.step_count == first.optimizer.step_count + 1
+
+
+def test_photos_of_two_worlds_teach_low_confidence_and_no_coordinates(textures):
+    batch = make_batch(Dice("cpu", 1), 4, (32, 48), Source(textures), LoopConfig(samples=1, apart_share=0.5))
+    whole = make_batch(Dice("cpu", 1), 4, (32, 48), Source(textures), LoopConfig(samples=1))
+    assert batch.apart.tolist() == [True, True, False, False] * 2
+    assert torch.equal(batch.images[:, 0], whole.images[:, 0])
+    assert torch.equal(batch.images[:2, 1], whole.images[1:3, 1])  # each has the second photo of the next world
+    assert torch.equal(batch.images[2:, 1], whole.images[2:, 1])
+    assert (batch.targets[batch.apart] == -100).all()
+    raw = torch.randn((8, 2, 32, 48, 4), generator=torch.Generator().manual_seed(0)).requires_grad_()
+    points, confidence = raw[..., :3], 1 + raw[..., 3].exp()
+    prediction = PairPrediction(points[:, 0], confidence[:, 0], points[:, 1], confidence[:, 1])
+    loss, report = objective(prediction, batch.truth, batch.valid, batch.apart, 0.2)
+    loss.backward()
+    assert (raw.grad[batch.apart][..., :3] == 0).all()
+    assert (raw.grad[batch.apart][..., 3] > 0).all()  # downwards, in every pixel
+    assert raw.grad[~batch.apart][..., :3].abs().sum() > 0
+    log_confidence = confidence.detach().log()
+    assert report[3] == pytest.approx(log_confidence[batch.apart].mean().item(), rel=1e-4)
+    known = batch.valid & ~batch.apart[:, None, None, None]
+    assert report[2] == pytest.approx(log_confidence[known].mean().item(), rel=1e-4)
+
+
+def test_without_photos_of_two_worlds_the_loss_is_the_paper_s(textures):
+    batch = make_batch(Dice("cpu", 3), 2, (32, 48), Source(textures), LoopConfig(samples=1))
+    points = torch.randn((4, 2, 32, 48, 3), generator=torch.Generator().manual_seed(0))
+    confidence = torch.full((4, 2, 32, 48), 1.5)
+    prediction = PairPrediction(points[:, 0], confidence[:, 0], points[:, 1], confidence[:, 1])
+    loss, report = objective(prediction, batch.truth, batch.valid, batch.apart, 0.2)
+    error = regression_error(points, batch.truth, batch.valid)
+    assert torch.allclose(loss, confidence_loss(error, confidence, batch.valid, 0.2))
+    assert report[3] == 0
+
+
 def test_the_average_is_what_is_saved(textures):
     run_ = trainer(textures, max_steps=3)
     run(run_)
@@ -129,11 +195,12 @@ def test_the_average_is_what_is_saved(textures):
 
 
 def test_the_same_seed_trains_the_same_network(textures):
-    runs = [trainer(textures, max_steps=2, easy_share=0.0, seed=seed) for seed in (0, 0, 1)]
+    options = {"max_steps": 2, "easy_share": 0.0, "constant_share": 1.0}  # a learning rate that knows no clock
+    runs = [trainer(textures, seed=seed, **options) for seed in (0, 0, 1)]
     for run_ in runs:
         run(run_)
     first, again, other = (run_.optimizer.parameters for run_ in runs)
-    assert torch.allclose(first, again, atol=1e-6)  # the clock enters the learning rate
+    assert torch.allclose(first, again, atol=1e-6)
     assert not torch.allclose(first, other, atol=1e-5)
 
 
@@ -146,6 +213,19 @@ def test_the_learning_rate_rises_by_steps_and_falls_by_time():
     assert learning_rate(config, 500, 1.0) == learning_rate(config, 500, 1.7) == pytest.approx(0.2)
     falling = [learning_rate(config, 500, k / 20) for k in range(21)]
     assert falling == sorted(falling, reverse=True)
+
+
+def test_the_learning_rate_can_stay_before_it_falls():
+    config = LoopConfig(learning_rate=1.0, warmup_steps=1, final_share=0.0, constant_share=0.6)
+    assert [learning_rate(config, 9, p) for p in (0.0, 0.3, 0.6)] == [1.0, 1.0, 1.0]
+    assert learning_rate(config, 9, 0.8) == pytest.approx(0.5)
+    assert learning_rate(config, 9, 1.0) == 0.0
+
+
+@pytest.mark.parametrize("options", [{"heights": (100,)}, {"heights": ()}, {"easy_width": 8}, {"portrait": 1.5}])
+def test_settings_that_cannot_be_are_refused(options):
+    with pytest.raises(ValueError, match="must be"):
+        LoopConfig(**options)
 
 
 PROCESS = """
@@ -173,7 +253,7 @@ PROCESS = """
     trainer = Trainer(Dust3r(config), Source(with_mipmaps(generated_textures(2))), loop, rank, 2)
     start = trainer.optimizer.parameters.clone()
     saves, lines = [], []
-    trainer.train(lambda t: saves.append(1), lines.append)
+    trainer.train(lambda t: saves.append(1), lines.append, lambda t: {"rra15": 0.5})
     result = {"start": start, "end": trainer.optimizer.parameters, "average": trainer.optimizer.average}
     result |= {"saves": torch.tensor(len(saves)), "lines": torch.tensor(len(lines))}
     result |= {"pairs": torch.tensor(trainer.pairs_seen), "dice": trainer.engine.dice.uniform(8)}
@@ -198,4 +278,4 @@ def test_two_processes_stay_one_network(tmp_path):
     assert not torch.equal(first["start"], first["end"])
     assert not torch.equal(first["dice"], second["dice"])  # each renders worlds of its own
     assert first["pairs"] == second["pairs"] == 8
-    assert (first["saves"], second["saves"], first["lines"], second["lines"]) == (1, 0, 2, 0)
+    assert (first["saves"], second["saves"], first["lines"], second["lines"]) == (2, 0, 4, 0)  # measured twice
