@@ -37,7 +37,7 @@ def main(output: Path = Path("demo"), model: str | None = None, num_views: int =
         raise InputError(f"a scene needs at least 2 views, got {num_views}")
     if (output / "images").exists() and not _is_demo(output):
         raise InputError(f"{output / 'images'} holds other photos: choose another output folder")
-    _write_scene(output, demo_views(num_views, SIZE, seed))
+    write_photos(output, num_views, seed)
     reconstruct.main(output / "images", output, model)
     report = evaluate_model(output / "sparse", output)
     errors = f"rotation {report.median_rotation_deg:.2f}, translation direction {report.median_translation_deg:.2f}"
@@ -53,9 +53,9 @@ def _is_demo(folder: Path) -> bool:
         return False
 
 
-def _write_scene(folder: Path, scene: SyntheticViews) -> None:
-    """The truth, in the form that `evaluate` takes, and the photos as PNG."""
-    images = folder / "images"
+def write_photos(folder: Path, num_views: int, seed: int) -> None:
+    """Render photos of a scene into `images/`, and the truth, in the form that `evaluate` takes, beside it."""
+    scene, images = demo_views(num_views, SIZE, seed), folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     names = [f"{i:03d}.png" for i in range(len(scene.images))]
     write_bytes(folder / "cameras.json", json.dumps(_cameras_json(names, scene), indent=1).encode())

@@ -63,7 +63,7 @@ def _run(command: Sequence[str], log: Path, allowance: Allowance, progress: Call
     """The exit code of a command whose standard error goes to `log`; TimeLimitError where it was ended."""
     with open(log, "wb") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
-    with _ended_after(allowance.seconds_left(), process):
+    with process, _ended_after(allowance.seconds_left(), process):
         for line in process.stdout or ():
             if line.startswith("stage "):
                 progress(line.removeprefix("stage ").strip())

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dust3r_sfm import __version__
+from dust3r_sfm.demo import write_photos
 from dust3r_sfm.errors import InputError, ReconstructionError
 from dust3r_sfm.serving.archives import copy, is_archive, pack, unpack_photos
 from dust3r_sfm.serving.isolation import CHILD, OutOfMemoryError, reconstruct_apart
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 NUM_DOWNLOADS = 8
 """At once."""
+DEMO_SEED = 5
 SUFFIX_OF_TYPE = {"image/jpeg": ".jpg", "image/png": ".png", "image/tiff": ".tif", "image/webp": ".webp"}
 SUFFIX_OF_TYPE |= {"image/heic": ".heic", "image/heif": ".heif"}
 CACHES = ("pointmaps.h5", "pointmaps.shards", "aligned.h5", "features.db")
@@ -76,6 +78,8 @@ class Worker:
         allowance = Allowance(self.limits)
         transfer = Transfer(allowance, self.local)
         target = None if request.output_path is None else _new_folder(self.limits, request.output_path)
+        if request.output_url is not None:
+            transfer.check(request.output_url)
         with tempfile.TemporaryDirectory(prefix="job-", dir=self.limits.scratch) as name:
             folder = Path(name)
             progress("fetch")
@@ -93,6 +97,9 @@ class Worker:
 
 def _fetch(request: Request, folder: Path, limits: Limits, allowance: Allowance, transfer: Transfer) -> Path:
     """The folder of photos or the video of a job."""
+    if request.demo is not None:
+        write_photos(folder, request.demo, DEMO_SEED)
+        return folder / "images"
     if request.images is not None:
         allowance.check_count(len(request.images))
         return _download_photos(request.images, folder / "photos", transfer)

@@ -43,7 +43,7 @@ def _options() -> type[BaseModel]:
     for config in (ExportConfig, FrameConfig):
         hints = typing.get_type_hints(config)
         found |= {field.name: (hints[field.name], field.default) for field in dataclasses.fields(config)}
-    found = {name: (_from_json(name, kind), default) for name, (kind, default) in found.items()}
+    found = {name: (_from_json(name, kind), _listed(default)) for name, (kind, default) in found.items()}
     return create_model("Options", __config__=STRICT, **found)
 
 
@@ -57,11 +57,15 @@ def _from_json(name: str, kind: Any) -> Any:
     return Annotated[kind, BOUNDS[name]] if name in BOUNDS else kind
 
 
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 Options = _options()
 
 
 class Request(BaseModel):
-    """One job: exactly one source, at least one place for the result."""
+    """One job: exactly one source, and a place for the result or two."""
 
     model_config = STRICT
 
@@ -73,6 +77,8 @@ class Request(BaseModel):
     """Address of a video."""
     volume_path: Place | None = None
     """A folder of photos, an archive or a video below the volume."""
+    demo: Annotated[int, Field(ge=2, le=20)] | None = None
+    """So many rendered photos, to see that a worker works; needs no place for the result."""
     options: Options = Options()
     output_url: Url | None = None
     """A presigned address that takes a zip file of the result by PUT."""
@@ -81,10 +87,10 @@ class Request(BaseModel):
 
     @model_validator(mode="after")
     def _one_source_and_a_target(self) -> Request:
-        sources = [self.images, self.archive, self.video, self.volume_path]
+        sources = [self.images, self.archive, self.video, self.volume_path, self.demo]
         if sum(source is not None for source in sources) != 1:
-            raise ValueError("expected exactly one of images, archive, video and volume_path")
-        if self.output_url is None and self.output_path is None:
+            raise ValueError("expected exactly one of images, archive, video, volume_path and demo")
+        if self.output_url is None and self.output_path is None and self.demo is None:
             raise ValueError("expected output_url or output_path: the result is not sent back inline")
         return self
 

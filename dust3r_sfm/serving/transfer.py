@@ -52,6 +52,11 @@ class Transfer:
         self.allowance = allowance
         self.local = local
 
+    def check(self, url: str) -> None:
+        """InputError where a URL may not be reached; nothing is sent."""
+        with self._connected(url):
+            pass
+
     def download(self, url: str, path: Path) -> str:
         """Write what is at a URL to a file; its media type. InputError names the URL without its query."""
         for left in reversed(range(NUM_TRIES)):

@@ -1,73 +1,20 @@
 """Downloads and uploads against a server on 127.0.0.1, and addresses that no job may reach."""
 
-import contextlib
 import ipaddress
 import socket
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from website import LOCAL, Site, serving
 
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.serving.limits import Allowance, Limits, TimeLimitError
 from dust3r_sfm.serving.transfer import Transfer, is_public, without_query
 
-LOCAL = ("127.0.0.1",)
-
-
-class Site(BaseHTTPRequestHandler):
-    """What each path answers; PUT keeps the body."""
-
-    uploads: dict = {}
-    asked: list = []
-
-    def do_GET(self):  # noqa: N802
-        self.asked.append((self.path, self.headers["Host"]))
-        path = self.path.split("?")[0]
-        if path.startswith("/to/"):
-            self._answer(302, b"", Location=path.removeprefix("/to/"))
-        elif path == "/later" and len(self.asked) < 2:
-            self._answer(503, b"")
-        elif path == "/gone":
-            self._answer(404, b"")
-        elif path == "/endless":
-            self.send_response(200)
-            self.end_headers()
-            with contextlib.suppress(OSError):
-                while self.wfile.write(b"."):
-                    time.sleep(0.01)
-        elif path == "/cut":
-            self._answer(200, b"abc", **{"Content-Length": "9"})
-        else:
-            self._answer(200, b"a photo", **{"Content-Type": "image/png"})
-
-    def do_PUT(self):  # noqa: N802
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.uploads[self.path] = body
-        self._answer(403 if self.path.startswith("/no") else 200, b"")
-
-    def _answer(self, status, body, **headers):
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture
 def site():
-    Site.asked, Site.uploads = [], {}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving() as address:
+        yield address
 
 
 @pytest.fixture

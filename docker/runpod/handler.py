@@ -1,0 +1,36 @@
+"""The Runpod worker: hands jobs to `dust3r_sfm.serving`, and tells Runpod their stages.
+
+python docker/runpod/handler.py                                       # on Runpod
+python docker/runpod/handler.py --test_input '{"input": {...}}'       # one job on this machine, without Runpod
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import Any
+
+from dust3r_sfm.serving.job import Worker
+from dust3r_sfm.serving.limits import Limits
+
+CONCURRENCY = int(os.environ.get("DUST3R_SFM_CONCURRENCY", "1"))
+"""Jobs at a time on one worker; each has a process of its own and they share the GPU."""
+
+
+async def handler(job: dict[str, Any]) -> dict[str, Any]:
+    """One job of Runpod's: `job["input"]` is the request, what is returned its manifest or error."""
+    from runpod.serverless import progress_update
+
+    def progress(stage: str) -> None:
+        progress_update(job, {"stage": stage})
+
+    worker = Worker(limits=Limits.from_environment())
+    return await asyncio.to_thread(worker.run, job.get("input"), progress)
+
+
+if __name__ == "__main__":
+    import runpod
+
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    runpod.serverless.start({"handler": handler, "concurrency_modifier": lambda _: CONCURRENCY})
