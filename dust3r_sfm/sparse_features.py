@@ -136,8 +136,9 @@ def import_features(image_dir: Path, views: Sequence[View], features: Path, matc
     paired = read_feature_matches(matches, found.keypoints)
     known = known_cameras(views)
     cameras = {n: known[n] if n in known else _guessed_camera(image_dir / n, sizes[n]) for n in found.keypoints}
-    for name in known.keys() & cameras.keys():
-        cameras[name].has_prior_focal_length = True
+    for camera_id, (name, camera) in enumerate(cameras.items(), start=1):
+        camera.camera_id = camera_id  # COLMAP takes photos of equal ids for those of one camera
+        camera.has_prior_focal_length |= name in known
     geometries = {}
     for pair, rows in tqdm(sorted(paired.items()), desc="Verify", unit="pair", disable=None):
         geometry = _verified(cameras, found.keypoints, pair, rows)
