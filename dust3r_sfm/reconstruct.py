@@ -35,7 +35,7 @@ from dust3r_sfm.match_dense import MatchConfig, match_dense
 from dust3r_sfm.models.dust3r import Dust3r
 from dust3r_sfm.pairs import Matches, Pair, Predictions, SomePredictions
 from dust3r_sfm.pairs_from_retrieval import pairs_from_retrieval
-from dust3r_sfm.refine_scene import refine_photos
+from dust3r_sfm.refine_scene import photo_features, refine_photos
 from dust3r_sfm.report import write_reports
 from dust3r_sfm.scene import Scene
 from dust3r_sfm.sparse_features import check_both
@@ -124,7 +124,8 @@ def main(
         try:
             failure = None
             try:
-                scenes, dense = _align_and_match(network, views, directed, output, config, summary)
+                verified = _verified(image_dir, views, directed, output, summary, given) if refine == "ba" else None
+                scenes, dense = _align_and_match(network, views, directed, output, config, summary, verified)
             except ReconstructionError as error:  # SIFT alone may still register the photos
                 if refine == "none":
                     raise
@@ -143,6 +144,25 @@ def main(
     return summary
 
 
+def _verified(
+    image_dir: Path,
+    views: Sequence[View],
+    pairs: Sequence[Pair],
+    output: Path,
+    summary: Summary,
+    given: tuple[Path, Path] | None,
+) -> dict[Pair, int] | None:
+    """How many matches of the stored photos are verified, by pair; None where none are."""
+    with summary.timed("sparse_features"):
+        sparse = photo_features(image_dir, views, _matched_pairs(views, pairs), output, given)
+    return {pair: len(geometry.inlier_matches) for pair, geometry in sparse.geometries.items()} or None
+
+
+def _matched_pairs(views: Sequence[View], pairs: Sequence[Pair]) -> Sequence[Pair] | None:
+    """Whose keypoints are matched: of few photos all, which is None."""
+    return None if len(views) <= MAX_EXHAUSTIVE else pairs
+
+
 def _align_and_match(
     network: Dust3r,
     views: Sequence[View],
@@ -150,12 +170,13 @@ def _align_and_match(
     output: Path,
     config: ReconstructConfig,
     summary: Summary,
+    num_verified: Mapping[Pair, int] | None,
 ) -> tuple[list[Scene], dict[Pair, Matches]]:
     """Aligned scenes with tracks of the dense matches."""
     with summary.timed("infer_pairs"):
         predictions = infer_pairs(network, views, pairs, output / "pointmaps.h5", config.infer)
     with summary.timed("filter_pairs"):
-        summary.decisions = decide_pairs(predictions, summary.names, config.filter)
+        summary.decisions = decide_pairs(predictions, summary.names, config.filter, num_verified)
         kept = keep_pairs(predictions, summary.decisions)
     with summary.timed("align_scene"):
         scenes = _align(network, views, kept, output, config.align)
@@ -179,8 +200,8 @@ def _refine(
     given: tuple[Path, Path] | None,
 ) -> list[Scene]:
     with summary.timed("refine_scene"):
-        chosen = None if len(views) <= MAX_EXHAUSTIVE else pairs
         configs = config.bundle, config.tracks
+        chosen = _matched_pairs(views, pairs)
         refinement = refine_photos(image_dir, views, scenes, matches, chosen, output, *configs, given)
     summary.refinement = refinement.figures
     return refinement.scenes

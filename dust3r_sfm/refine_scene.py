@@ -117,8 +117,7 @@ def refine_photos(
     Features and matches of hloc's files are taken instead where they are given. An earlier
     run's features.db and scene.h5 are taken as they are where nothing has changed.
     """
-    photos = hash_of(*(part for v in views for part in (v.name, v.image.numpy().tobytes(), repr(v.original_size))))
-    photos = hash_of(photos, repr(pairs), *map(_known_camera_key, views))
+    photos = _photos_key(views, pairs)
     key = hash_of(photos, repr(config), repr(tracks), *map(_scene_key, scenes), *map(_known_key, views))
     key = hash_of(key, *(path.read_bytes() for path in given)) if given else key
     note, path = output / ".refined.json", output / "scene.h5"
@@ -127,19 +126,39 @@ def refine_photos(
         logger.info("The scene in %s is refined already.", path)
         return Refinement(read_scenes(path), earlier["figures"])
     note.unlink(missing_ok=True)
-    if earlier.get("photos") != photos:
-        (output / "features.db").unlink(missing_ok=True)
-    if given:
-        sparse = import_features(image_dir, views, *given)
-    else:
-        names = [view.name for view in views]
-        sparse = extract_sift(image_dir, names, pairs, output / "features.db", known_cameras(views))
-    write_bytes(note, json.dumps({"photos": photos}).encode())
+    sparse = photo_features(image_dir, views, pairs, output, given)
     refinement = refine_scenes(views, scenes, matches, sparse, output, config, tracks)
     write_scenes(path, refinement.scenes)
-    write_bytes(note, json.dumps({"photos": photos, "key": key, "figures": refinement.figures}).encode())
+    write_bytes(note, json.dumps({"key": key, "figures": refinement.figures}).encode())
     logger.info("%s", closing_line(refinement))
     return Refinement(read_scenes(path), refinement.figures)  # as a second run has them, rounded
+
+
+def photo_features(
+    image_dir: Path,
+    views: Sequence[View],
+    pairs: Sequence[Pair] | None,
+    output: Path,
+    given: tuple[Path, Path] | None = None,
+) -> SparseMatches:
+    """SIFT features and verified matches of the stored photos, kept in `output`/features.db; or those of hloc's files.
+
+    Those of an earlier run are read where photos, pairs and known cameras are the same.
+    """
+    if given:
+        return import_features(image_dir, views, *given)
+    note, database, photos = output / ".features.json", output / "features.db", _photos_key(views, pairs)
+    if not note.is_file() or json.loads(note.read_text()) != photos:
+        note.unlink(missing_ok=True)
+        database.unlink(missing_ok=True)
+    sparse = extract_sift(image_dir, [view.name for view in views], pairs, database, known_cameras(views))
+    write_bytes(note, json.dumps(photos).encode())
+    return sparse
+
+
+def _photos_key(views: Sequence[View], pairs: Sequence[Pair] | None) -> str:
+    photos = hash_of(*(part for v in views for part in (v.name, v.image.numpy().tobytes(), repr(v.original_size))))
+    return hash_of(photos, repr(pairs), *map(_known_camera_key, views))
 
 
 def refine_scenes(
