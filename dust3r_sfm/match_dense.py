@@ -22,13 +22,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from scipy.spatial import cKDTree
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 from tqdm import tqdm
 
 from dust3r_sfm.formats.matches import write_matches
 from dust3r_sfm.formats.pointmaps import PointmapFile
+from dust3r_sfm.geometry.surfaces import Surface, at_pixels, nearest_on_surface, pixel_steps
 from dust3r_sfm.pairs import Matches, Pair, PairPrediction, Predictions
 from dust3r_sfm.views import View
 
@@ -54,16 +55,15 @@ class MatchConfig:
     """Pixels along the image's border that are left out."""
 
 
-@dataclass(frozen=True)
-class _Surface:
-    """One image's pointmap, its usable pixels, and a tree over their points."""
+@dataclass(frozen=True, eq=False)
+class AnchorMatches:
+    """What all anchors of one image of each of several pairs find in the other image, whether they match or not."""
 
-    points: np.ndarray
-    confidence: np.ndarray
-    usable: np.ndarray
-    pixels: np.ndarray
-    """(row, column) of the points in the tree."""
-    tree: cKDTree
+    anchors: Float[Tensor, "a 2"]
+    """In pixels (x, y)."""
+    found: Float[Tensor, "b a 2"]
+    scores: Float[Tensor, "b a"]
+    """0 for anchors without a match."""
 
 
 def match_pair(
@@ -79,16 +79,44 @@ def match_pair(
     geometric mean of both confidences, summed over the directions that agree. Views are asked
     for their masks only. Pairs that share nothing have no matches.
     """
-    masks = [None if view is None or view.mask is None else view.mask.cpu().numpy() for view in (view0, view1)]
+    masks = [None if view is None or view.mask is None else view.mask[None] for view in (view0, view1)]
+    directions = [batched(p) for p in (prediction, reverse) if p is not None]
+    sides = match_batch(directions[0], directions[1] if len(directions) == 2 else None, masks, config)
+    return matches_of(sides, 0)
+
+
+def match_batch(
+    prediction: PairPrediction,
+    reverse: PairPrediction | None,
+    masks: Sequence[Bool[Tensor, "b _h _w"] | None] = (None, None),
+    config: MatchConfig = MatchConfig(),
+) -> tuple[AnchorMatches, AnchorMatches]:
+    """What the anchors of images 0 and of images 1 of pairs of equal sizes find; on a GPU without waiting for it."""
     surfaces = [[_surface(prediction, k, masks[k], config) for k in (0, 1)]]
     if reverse is not None:
         surfaces.append([_surface(reverse, 1 - k, masks[k], config) for k in (0, 1)])
-    halves = [_match_anchors([(s[k], s[1 - k]) for s in surfaces], config) for k in (0, 1)]
-    (anchors0, found1, scores0), (anchors1, found0, scores1) = halves
+    side0, side1 = (_match_anchors([(s[k], s[1 - k]) for s in surfaces], config) for k in (0, 1))
+    return side0, side1
+
+
+def matches_of(sides: tuple[AnchorMatches, AnchorMatches], index: int) -> Matches:
+    """The matches of one of the pairs, on the CPU: those of image 0's anchors, then those of image 1's."""
+    of0, of1 = sides
+    kept0, kept1 = (side.scores[index] > 0 for side in sides)
     return Matches(
-        torch.from_numpy(np.concatenate([anchors0, found0])).float(),
-        torch.from_numpy(np.concatenate([found1, anchors1])).float(),
-        torch.from_numpy(np.concatenate([scores0, scores1])).float(),
+        torch.cat([of0.anchors[kept0], of1.found[index, kept1]]).float().cpu(),
+        torch.cat([of0.found[index, kept0], of1.anchors[kept1]]).float().cpu(),
+        torch.cat([of0.scores[index, kept0], of1.scores[index, kept1]]).float().cpu(),
+    )
+
+
+def batched(prediction: PairPrediction) -> PairPrediction:
+    """One prediction as a batch of one."""
+    return PairPrediction(
+        prediction.pointmap0_in_cam0[None],
+        prediction.confidence0[None],
+        prediction.pointmap1_in_cam0[None],
+        prediction.confidence1[None],
     )
 
 
@@ -108,106 +136,67 @@ def match_dense(
     return matches
 
 
-def anchor_pixels(height: int, width: int, config: MatchConfig) -> np.ndarray:
+def anchor_pixels(height: int, width: int, config: MatchConfig) -> Int[Tensor, "a 2"]:
     """(row, column) of an image's anchors, a regular grid of at most `max_anchors`."""
     spacing = max(1, math.ceil(math.sqrt(height * width / config.max_anchors)))
-    rows, columns = (np.arange(spacing // 2, n, spacing) for n in (height, width))
-    return np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
+    rows, columns = (torch.arange(spacing // 2, n, spacing) for n in (height, width))
+    return torch.cartesian_prod(rows, columns)
 
 
-def _surface(prediction: PairPrediction, side: int, mask: np.ndarray | None, config: MatchConfig) -> _Surface:
-    points = prediction.pointmap0_in_cam0 if side == 0 else prediction.pointmap1_in_cam0
-    confidence = prediction.confidence0 if side == 0 else prediction.confidence1
-    points, confidence = points.detach().cpu().float().numpy(), confidence.detach().cpu().float().numpy()
-    least, best = np.quantile(confidence[::2, ::2], [config.min_confidence_quantile, 0.9])
-    usable = (confidence >= max(least, 1 + RELATIVE_CONFIDENCE * (best - 1))) & np.isfinite(points).all(axis=-1)
+@dataclass(frozen=True, eq=False)
+class _Side(Surface):
+    """One image's pointmaps in several pairs."""
+
+    confidence: Float[Tensor, "b h w"]
+
+
+def _surface(prediction: PairPrediction, side: int, mask: Tensor | None, config: MatchConfig) -> _Side:
+    points = (prediction.pointmap0_in_cam0, prediction.pointmap1_in_cam0)[side].detach().float()
+    confidence = (prediction.confidence0, prediction.confidence1)[side].detach().float()
+    levels = torch.tensor([config.min_confidence_quantile, 0.9], device=points.device)
+    least, best = confidence[:, ::2, ::2].flatten(1).quantile(levels, dim=1)
+    threshold = torch.maximum(least, 1 + RELATIVE_CONFIDENCE * (best - 1))
+    usable = (confidence >= threshold[:, None, None]) & points.isfinite().all(dim=-1)
     if mask is not None:
-        usable &= mask
+        usable &= mask.to(points.device)
     border = config.border_px
-    inside = np.zeros_like(usable)
-    inside[border : usable.shape[0] - border, border : usable.shape[1] - border] = True
-    usable &= inside
-    pixels = np.argwhere(usable)
-    # Sliding midpoint splits build several times faster than medians, and surfaces query as fast.
-    tree = cKDTree(points[usable], balanced_tree=False, compact_nodes=False)
-    return _Surface(points, confidence, usable, pixels, tree)
+    inside = torch.zeros_like(usable)
+    inside[:, border : usable.shape[1] - border, border : usable.shape[2] - border] = True
+    return _Side(points, usable & inside, confidence)
 
 
-def _match_anchors(
-    surfaces: list[tuple[_Surface, _Surface]], config: MatchConfig
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Anchors of the first image, their pixels in the second (m 2), and scores; a pair of surfaces a direction."""
-    anchors = anchor_pixels(*surfaces[0][0].usable.shape, config)
-    keypoints, scores = zip(*(_follow(anchors, *pair, config) for pair in surfaces), strict=True)
-    keypoints, scores = np.stack(keypoints), np.stack(scores)
-    best = scores.argmax(axis=0)[None]
-    match = np.take_along_axis(keypoints, best[..., None], axis=0)[0]
-    agreeing = scores * (np.linalg.norm(keypoints - match, axis=-1) <= AGREEMENT * config.max_error_px)
-    found = scores.max(axis=0) > 0
-    agreeing, keypoints = agreeing[:, found], keypoints[:, found]
-    score = agreeing.sum(axis=0)
-    match = (agreeing[..., None] * keypoints).sum(axis=0) / score[:, None]
-    return anchors[found][:, ::-1] + 0.5, match, score
+def _match_anchors(directions: Sequence[tuple[_Side, _Side]], config: MatchConfig) -> AnchorMatches:
+    """What the anchors of the first image find in the second; a pair of surfaces a direction."""
+    first = directions[0][0]
+    pixels = anchor_pixels(*first.usable.shape[1:], config).to(first.points.device)
+    keypoints, scores = (torch.stack(x) for x in zip(*(_follow(pixels, *d, config) for d in directions), strict=True))
+    best = scores.argmax(dim=0, keepdim=True)
+    match = torch.take_along_dim(keypoints, best[..., None], dim=0)
+    agreeing = scores * ((keypoints - match).norm(dim=-1) <= AGREEMENT * config.max_error_px)
+    score = agreeing.sum(dim=0)
+    match = (agreeing[..., None] * keypoints).sum(dim=0) / torch.where(score > 0, score, 1)[..., None]
+    return AnchorMatches(pixels.flip(-1) + 0.5, match, score)
 
 
 def _follow(
-    anchors: np.ndarray, source: _Surface, target: _Surface, config: MatchConfig
-) -> tuple[np.ndarray, np.ndarray]:
+    pixels: Int[Tensor, "a 2"], source: _Side, target: _Side, config: MatchConfig
+) -> tuple[Float[Tensor, "b a 2"], Float[Tensor, "b a"]]:
     """For each anchor of the source image its pixel (x, y) in the target image and a score; 0 where there is none."""
-    keypoints, scores = np.zeros((len(anchors), 2)), np.zeros(len(anchors))
-    start = np.flatnonzero(source.usable[anchors[:, 0], anchors[:, 1]])
-    if len(start) == 0 or len(target.pixels) == 0:
-        return keypoints, scores
-    rows, columns = anchors[start].T
-    points = source.points[rows, columns]
-    there, nearest = _nearest_on_surface(points, target)
-    back, _ = _nearest_on_surface(nearest, source)
-    error = np.linalg.norm(back - (anchors[start][:, ::-1] + 0.5), axis=-1)
-    pixel_width = np.linalg.norm(_pixel_steps(source.points, rows, columns), axis=-1).mean(axis=0)
-    gap = np.linalg.norm(nearest - points, axis=-1) / np.maximum(pixel_width, np.finfo(np.float32).tiny)
-    kept = error <= config.max_error_px
-    if kept.any():
-        kept &= gap <= max(1.0, GAP_RATIO * np.median(gap[kept]))
-    there, start = there[kept], start[kept]
-    confidence0 = source.confidence[rows[kept], columns[kept]]
-    confidence1 = target.confidence[there[:, 1].astype(int), there[:, 0].astype(int)]
-    keypoints[start], scores[start] = there, np.sqrt(confidence0 * confidence1)
-    return keypoints, scores
-
-
-def _nearest_on_surface(points: np.ndarray, surface: _Surface) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel (x, y) and point of a surface nearest to each of `points`: the nearest pixel's, moved within its plane."""
-    _, index = surface.tree.query(points, workers=-1)
-    rows, columns = surface.pixels[index].T
-    base = surface.points[rows, columns]
-    step_x, step_y = _pixel_steps(surface.points, rows, columns)
-    a, b, c = (np.einsum("nk,nk->n", u, v) for u, v in ((step_x, step_x), (step_x, step_y), (step_y, step_y)))
-    gap = points - base
-    p, q = np.einsum("nk,nk->n", step_x, gap), np.einsum("nk,nk->n", step_y, gap)
-    determinant = a * c - b * b
-    regular = determinant > 1e-6 * a * c
-    determinant = np.where(regular, determinant, 1)
-    offset = np.stack([c * p - b * q, a * q - b * p], axis=-1) / determinant[:, None] * regular[:, None]
-    offset = np.clip(offset, -0.5, 0.5)
-    nearest = base + offset[:, :1] * step_x + offset[:, 1:] * step_y
-    return np.stack([columns, rows], axis=-1) + 0.5 + offset, nearest
-
-
-def _pixel_steps(points: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """How the surface moves for one pixel in x and in y (2 n 3); the smaller of both sides, so not over an edge."""
-    height, width = points.shape[:2]
-    base = points[rows, columns]
-    steps = []
-    for ahead, behind in (
-        (points[rows, np.minimum(columns + 1, width - 1)], points[rows, np.maximum(columns - 1, 0)]),
-        (points[np.minimum(rows + 1, height - 1), columns], points[np.maximum(rows - 1, 0), columns]),
-    ):
-        forward, backward = ahead - base, base - behind
-        lengths = [np.einsum("nk,nk->n", s, s) for s in (forward, backward)]
-        lengths = [np.where(np.isfinite(s) & (s > 0), s, np.inf) for s in lengths]
-        step = np.where((lengths[0] <= lengths[1])[:, None], forward, backward)
-        steps.append(np.where(np.isfinite(step), step, 0))
-    return np.stack(steps)
+    rows, columns = (x.expand(len(source.points), -1) for x in pixels.unbind(dim=1))
+    anchors = torch.stack([columns, rows], dim=-1) + 0.5
+    points = at_pixels(source.points, rows, columns)
+    asked = at_pixels(source.usable, rows, columns) & target.usable.flatten(1).any(dim=1)[:, None]
+    there, nearest = nearest_on_surface(points, asked, target)
+    back, _ = nearest_on_surface(nearest, asked, source)
+    kept = asked & ((back - anchors).norm(dim=-1) <= config.max_error_px)
+    pixel_width = torch.stack(pixel_steps(source.points, rows, columns)).norm(dim=-1).mean(dim=0)
+    gap = (nearest - points).norm(dim=-1) / pixel_width.clamp(min=torch.finfo(torch.float32).tiny)
+    usual = torch.where(kept, gap, torch.nan).nanmedian(dim=1, keepdim=True).values
+    kept &= gap <= (GAP_RATIO * usual).clamp(min=1)
+    confidence0 = at_pixels(source.confidence, rows, columns)
+    confidence1 = at_pixels(target.confidence, there[..., 1].long(), there[..., 0].long())
+    scores = torch.where(kept, (confidence0 * confidence1).sqrt(), 0)
+    return torch.where(kept[..., None], there, 0), scores
 
 
 def main(pointmaps: Path, output: Path, config: MatchConfig = MatchConfig()) -> None:
