@@ -33,6 +33,7 @@ COMMANDS = {
     "view": "Look at a reconstruction in the browser, or make one file of it that opens anywhere.",
     "localize": "Find the poses of photos in a reconstruction or any COLMAP model.",
     "evaluate": "Compare poses with a reference.",
+    "evaluate-localization": "Localise each photo of posed scenes in the others and compare with its pose.",
     "evaluate-pairs": "Compare the network's predictions with the poses of reference pairs.",
     "train": "Train the network on procedural scenes, and on your own that have depth.",
     "plot-training": "Draw the curves of a run of training.",

@@ -93,12 +93,12 @@ def list_queries(queries: Path, folder: Path) -> tuple[Path, dict[str, pycolmap.
 def load_queries(
     folder: Path, cameras: Mapping[str, pycolmap.Camera | None], network: Dust3r, on_bad_image: str
 ) -> list[View]:
-    known = {name: _known(camera) for name, camera in cameras.items() if camera is not None}
+    known = {name: known_camera(camera) for name, camera in cameras.items() if camera is not None}
     size, square_ok = network.config.image_size, network.config.square_ok
     return load_views(folder, size, list(cameras), on_bad_image, square_ok=square_ok, cameras=known)
 
 
-def _known(camera: pycolmap.Camera) -> KnownCamera:
+def known_camera(camera: pycolmap.Camera) -> KnownCamera:
     K = torch.from_numpy(np.array(camera.calibration_matrix()))
     return KnownCamera(K, None, lens_of(camera, was_known=True), (camera.width, camera.height))
 
@@ -120,7 +120,7 @@ def load_neighbors(
             if pair.name0 in found and pair.name1 in reference.cameras:
                 found[pair.name0].append(pair.name1)
         names = [name for name in names if any(name in images for images in found.values())]
-    cameras = {name: _known(reference.cameras[name]) for name in names}
+    cameras = {name: known_camera(reference.cameras[name]) for name in names}
     views = load_views(image_dir, size, names, square_ok=square_ok, cameras=cameras)
     if pairs_file is None:
         found = nearest_images(network, queries, views, num_matched)

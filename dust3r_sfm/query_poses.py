@@ -9,9 +9,11 @@ from typing import Literal
 from dust3r_sfm.alignment.localization import (
     CameraPose,
     Features,
+    PointMatches,
     QueryCamera,
     Structure,
     camera_pose,
+    joined,
     refined_by_guidance,
     sparse_matches,
 )
@@ -24,6 +26,10 @@ MIN_INLIER_SHARE = 0.1
 """Of SIFT matches: chance reaches a few hundredths."""
 GUIDANCE_RADII = 2.0, 6.0
 """SIFT matches are sought within so many times `max_error_px` of a pose by SIFT, and of one by pointmaps."""
+IMAGES_AT_ONCE = 4
+"""Images whose keypoints are matched together."""
+SETTLED = 5
+"""No further images are matched where so many times `min_inliers` agree."""
 NETWORK_ERROR_PX = 3.0
 """How far matches of pointmaps may lie from a pose that they agree with, in network pixels."""
 
@@ -65,8 +71,23 @@ class Located:
 
 
 def locate_by_sift(query: Query, images: Sequence[str], structure: Structure, config: LocateConfig) -> Located | None:
-    """The pose from SIFT matches with the points that the images see; None where too few agree."""
-    matches = sparse_matches(structure, images, query.features)
+    """The pose from SIFT matches with the points that the images see; None where too few agree.
+
+    The images that are most alike are asked first, and the others only where these do not settle it.
+    """
+    matches: list[PointMatches] = []
+    found: Located | None = None
+    for start in range(0, len(images), IMAGES_AT_ONCE):
+        matches += [sparse_matches(structure, images[start : start + IMAGES_AT_ONCE], query.features)]
+        found = _pose_of(joined(matches), query, images, structure, config)
+        if found is not None and found.pose.num_inliers >= SETTLED * config.min_inliers:
+            break
+    return found
+
+
+def _pose_of(
+    matches: PointMatches, query: Query, images: Sequence[str], structure: Structure, config: LocateConfig
+) -> Located | None:
     pose = camera_pose(matches, query.camera, _max_error_px(query, config))
     if pose is None or pose.num_inliers < MIN_INLIER_SHARE * len(matches):
         return None
