@@ -71,6 +71,8 @@ class Tokens:
 
     features: Float[Tensor, "b n c"]
     grid: tuple[int, int]
+    finest: tuple[Float[Tensor, "b d h4 w4"] | None, Float[Tensor, "b d h4 w4"] | None] = (None, None)
+    """What the DPT heads of image 0 and image 1 make of the image alone, where it is kept (`Dust3r.with_finest`)."""
 
 
 class _PatchEmbed(nn.Module):
@@ -132,11 +134,17 @@ class Dust3r(nn.Module):
             x = block(x, rope)
         return Tokens(self.enc_norm(x), grid)
 
+    def with_finest(self, tokens: Tokens) -> Tokens:
+        """The same with the part of the heads that needs no partner: a tenth of the work of a pair, once an image."""
+        heads = self.downstream_head1, self.downstream_head2
+        finest0, finest1 = (head.finest(tokens.features, tokens.grid) for head in heads)
+        return Tokens(tokens.features, tokens.grid, (finest0, finest1))
+
     def decode(self, tokens0: Tokens, tokens1: Tokens) -> PairPrediction:
         """Pointmaps of a batch of pairs from their encoded images."""
         layers0, layers1 = self._decode_layers(tokens0, tokens1)
-        pointmap0, confidence0 = self._predict(self.downstream_head1, layers0, tokens0.grid)
-        pointmap1, confidence1 = self._predict(self.downstream_head2, layers1, tokens1.grid)
+        pointmap0, confidence0 = self._predict(self.downstream_head1, layers0, tokens0.grid, tokens0.finest[0])
+        pointmap1, confidence1 = self._predict(self.downstream_head2, layers1, tokens1.grid, tokens1.finest[1])
         return PairPrediction(pointmap0, confidence0, pointmap1, confidence1)
 
     def _decode_layers(self, tokens0: Tokens, tokens1: Tokens) -> tuple[list[Tensor], list[Tensor]]:
@@ -164,9 +172,9 @@ class Dust3r(nn.Module):
         )
 
     def _predict(
-        self, head: LinearHead | DptHead, layers: list[Tensor], grid: tuple[int, int]
+        self, head: LinearHead | DptHead, layers: list[Tensor], grid: tuple[int, int], finest: Tensor | None
     ) -> tuple[Float[Tensor, "b h w 3"], Float[Tensor, "b h w"]]:
-        raw = head(layers, grid)
+        raw = head(layers, grid, finest)
         pointmap = pointmap_of(raw[..., :3], self.config.depth_mode)
         return pointmap, confidence_of(raw[..., 3], self.config.confidence_mode, self.config.confidence_limits)
 

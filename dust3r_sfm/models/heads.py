@@ -52,7 +52,12 @@ class LinearHead(nn.Module):
         self.patch_size = patch_size
         self.proj = nn.Linear(dim, NUM_OUTPUTS * patch_size**2)
 
-    def forward(self, tokens: list[Float[Tensor, "b n _"]], grid: tuple[int, int]) -> Float[Tensor, "b h w 4"]:
+    def finest(self, features: Float[Tensor, "b n _"], grid: tuple[int, int]) -> None:
+        """Nothing depends on the image alone."""
+
+    def forward(
+        self, tokens: list[Float[Tensor, "b n _"]], grid: tuple[int, int], finest: None = None
+    ) -> Float[Tensor, "b h w 4"]:
         with without_autocast(tokens[-1].device):
             pixels = self.proj(tokens[-1].to(self.proj.weight.dtype))
         patches = pixels.unflatten(-1, (NUM_OUTPUTS, self.patch_size, self.patch_size)).unflatten(1, grid)
@@ -70,9 +75,23 @@ class DptHead(nn.Module):
         """The layers whose tokens the head takes; 0 is the encoder's output."""
         self.dpt = _Dpt((enc_dim, dec_dim, dec_dim, dec_dim), layer_dims, feature_dim)
 
-    def forward(self, tokens: list[Float[Tensor, "b n _"]], grid: tuple[int, int]) -> Float[Tensor, "b h w 4"]:
-        maps = [x.transpose(1, 2).unflatten(2, grid) for x in tokens]
-        return self.dpt(maps).movedim(1, -1)
+    def finest(self, features: Float[Tensor, "b n _"], grid: tuple[int, int]) -> Float[Tensor, "b c h4 w4"]:
+        """The finest level, before it is fused: it depends on the image's own encoding alone, whatever its partner."""
+        return self.dpt.finest(_as_map(features, grid))
+
+    def forward(
+        self,
+        tokens: list[Float[Tensor, "b n _"]],
+        grid: tuple[int, int],
+        finest: Float[Tensor, "b c h4 w4"] | None = None,
+    ) -> Float[Tensor, "b h w 4"]:
+        if finest is None:
+            finest = self.finest(tokens[0], grid)
+        return self.dpt(finest, [_as_map(x, grid) for x in tokens[1:]]).movedim(1, -1)
+
+
+def _as_map(tokens: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b c gh gw"]:
+    return tokens.transpose(1, 2).unflatten(2, grid)
 
 
 class _Dpt(nn.Module):
@@ -99,11 +118,25 @@ class _Dpt(nn.Module):
             nn.Conv2d(hidden_dim, NUM_OUTPUTS, 1),
         )
 
-    def forward(self, maps: list[Float[Tensor, "b _ gh gw"]]) -> Float[Tensor, "b 4 h w"]:
-        levels = [resample(x) for resample, x in zip(self.act_postprocess, maps, strict=True)]
-        features = self.head[:-1](self.scratch(levels))
+    def finest(self, image: Float[Tensor, "b _ gh gw"]) -> Float[Tensor, "b c h4 w4"]:
+        return self.scratch.finest(self.act_postprocess[0](image))
+
+    def forward(
+        self, finest: Float[Tensor, "b c h4 w4"], maps: list[Float[Tensor, "b _ gh gw"]]
+    ) -> Float[Tensor, "b 4 h w"]:
+        levels = [resample(x) for resample, x in zip(self.act_postprocess[1:], maps, strict=True)]
+        features = self.head[:-1](self.scratch(finest, levels))
         with without_autocast(features.device):
-            return self.head[-1](features.to(self.head[-1].weight.dtype))
+            return _last_layer(features, self.head[-1])
+
+
+def _last_layer(features: Float[Tensor, "b c h w"], layer: nn.Conv2d) -> Float[Tensor, "b o h w"]:
+    """A 1x1 convolution in the layer's precision."""
+    if not torch.compiler.is_compiling():
+        return layer(features.to(layer.weight.dtype))
+    # Compiled, sums of products are one kernel with what comes before and after, and no copy is made in float32.
+    products = features.movedim(1, -1).unsqueeze(-2).to(layer.weight.dtype) * layer.weight[:, :, 0, 0]
+    return (products.sum(dim=-1) + layer.bias).movedim(-1, 1)
 
 
 class _Scratch(nn.Module):
@@ -117,13 +150,18 @@ class _Scratch(nn.Module):
             self.add_module(f"refinenet{level}", _Fusion(feature_dim))
         self.refinenet4.resConfUnit1.requires_grad_(False)  # the coarsest level has nothing to add: never used
 
-    def forward(self, levels: list[Float[Tensor, "b _ _ _"]]) -> Float[Tensor, "b c h w"]:
-        fine1, fine2, fine3, coarse = (getattr(self, f"layer{i}_rn")(x) for i, x in enumerate(levels, start=1))
+    def finest(self, level: Float[Tensor, "b _ h4 w4"]) -> Float[Tensor, "b c h4 w4"]:
+        return self.refinenet1.resConfUnit1(self.layer1_rn(level))
+
+    def forward(
+        self, finest: Float[Tensor, "b c h4 w4"], levels: list[Float[Tensor, "b _ _ _"]]
+    ) -> Float[Tensor, "b c h w"]:
+        fine2, fine3, coarse = (getattr(self, f"layer{i}_rn")(x) for i, x in enumerate(levels, start=2))
         h, w = fine3.shape[-2:]
         x = self.refinenet4(coarse)[..., :h, :w]  # an odd grid was rounded up at the coarsest level
-        x = self.refinenet3(x, fine3)
-        x = self.refinenet2(x, fine2)
-        return self.refinenet1(x, fine1)
+        x = self.refinenet3(x, self.refinenet3.resConfUnit1(fine3))
+        x = self.refinenet2(x, self.refinenet2.resConfUnit1(fine2))
+        return self.refinenet1(x, finest)
 
 
 class _Fusion(nn.Module):
@@ -137,7 +175,7 @@ class _Fusion(nn.Module):
         self, x: Float[Tensor, "b c h w"], skip: Float[Tensor, "b c h w"] | None = None
     ) -> Float[Tensor, "b c h2 w2"]:
         if skip is not None:
-            x = x + self.resConfUnit1(skip)
+            x = x + skip
         x = self.out_conv(self.resConfUnit2(x))  # commutes with the interpolation, at a quarter of the cost
         return interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
 
