@@ -33,10 +33,12 @@ ERROR_BINS_PX = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 
 @dataclass(frozen=True)
 class _Located:
-    """Where an image is among the scenes."""
+    """Where an image is among the scenes, how many points it sees and their mean error, NaN where there are none."""
 
     scene: Scene
     index: int
+    observations: int
+    mean_error_px: float
 
 
 def write_reports(output: Path, summary: Summary) -> None:
@@ -47,7 +49,7 @@ def write_reports(output: Path, summary: Summary) -> None:
     content = summary.content()
     drawn = _choose_images(content)
     graph, graph_notes = _graph(content, drawn)
-    located = {name: _Located(s, i) for s in summary.scenes for i, name in enumerate(s.names)}
+    located = {name: at for scene in summary.scenes for name, at in _locate(scene).items()}
     notes = _image_notes(content, drawn) + graph_notes
     views = {view.name: view for view in summary.views}
     cards = _cards(content, drawn, views, located)
@@ -66,6 +68,16 @@ def write_reports(output: Path, summary: Summary) -> None:
     images = [{key: card[key] for key in few} for card in cards]
     alone = {"counts": content["counts"], "images": images, "graph": graph, "matches": matches, "notes": notes}
     write_page(output / "pair_graph.html", "dust3r_sfm pair graph", alone, ["graph.js", "pair_graph.js"])
+
+
+def _locate(scene: Scene) -> dict[str, _Located]:
+    counts, sums = torch.zeros(len(scene.names)), torch.zeros(len(scene.names))
+    if scene.tracks is not None:
+        images, errors = scene.tracks.image_indices, scene.tracks.errors[scene.tracks.point_indices]
+        counts = torch.bincount(images, minlength=len(scene.names))
+        sums = torch.bincount(images, errors.double(), minlength=len(scene.names))
+    figures = zip(scene.names, counts.tolist(), (sums / counts).tolist(), strict=True)
+    return {name: _Located(scene, i, int(number), mean) for i, (name, number, mean) in enumerate(figures)}
 
 
 def _choose_images(content: Mapping[str, Any]) -> list[str]:
@@ -152,9 +164,6 @@ def _registered_card(at: _Located, top_confidence: float) -> dict[str, Any]:
     depth, confidence = (_shrunk(field[at.index]) for field in (at.scene.depth, at.scene.confidence))
     known = depth[depth.isfinite() & (depth > 0)]
     near, far = known.quantile(torch.tensor([0.02, 0.98])).tolist() if len(known) else (0.0, 0.0)
-    tracks = at.scene.tracks
-    here = [] if tracks is None else tracks.point_indices[tracks.image_indices == at.index]
-    errors = [] if tracks is None else tracks.errors[here]
     stored_per_net = 1 / float(torch.linalg.det(at.scene.net_from_img[at.index, :2, :2].double()).abs().sqrt())
     return {
         "depth": map_uri(nearness(depth)),
@@ -164,8 +173,8 @@ def _registered_card(at: _Located, top_confidence: float) -> dict[str, Any]:
         "median_confidence": round(float(confidence.median()), 2),
         "focal_px": round(float(at.scene.K[at.index, 0, 0]) * stored_per_net, 1),
         "size": list(at.scene.original_sizes[at.index]),
-        "observations": len(here),
-        "mean_error_px": round(float(errors.mean()), 2) if len(errors) else None,
+        "observations": at.observations,
+        "mean_error_px": round(at.mean_error_px, 2),
     }
 
 

@@ -56,7 +56,11 @@ class Summary:
         """Every image: the model it is registered in, or the reason why it is in none."""
         model_of = {name: i for i, scene in enumerate(self.scenes) for name in scene.names}
         reasons = {name: f"{name} {reason}" for name, reason in self.rejected.items()}
-        reasons |= {name: self._reason(name) for name in self.names if name not in model_of}
+        decisions: dict[str, list[PairDecision]] = {name: [] for name in self.names if name not in model_of}
+        for decision in self.decisions:
+            for name in decisions.keys() & set(decision.pair):
+                decisions[name].append(decision)
+        reasons |= {name: _reason(name, mine) for name, mine in decisions.items()}
         found = {name: {"registered": True, "model": i} for name, i in model_of.items()}
         found |= {name: {"registered": False, "reason": reason} for name, reason in reasons.items()}
         return dict(sorted(found.items()))
@@ -96,19 +100,20 @@ class Summary:
     def write(self, path: Path) -> None:
         write_bytes(path, json.dumps(self.content(), indent=1).encode())
 
-    def _reason(self, name: str) -> str:
-        decisions = [decision for decision in self.decisions if name in decision.pair]
-        if not decisions:
-            return "no pair of it was predicted"
-        if not any(decision.kept for decision in decisions):
-            best = max(decisions, key=lambda decision: decision.score)
-            other = best.pair.name1 if best.pair.name0 == name else best.pair.name0
-            return f"all of its {len(decisions)} directed pairs were dropped; the best, with {other}: {best.reason}"
-        return "the alignment found no pose for it"
-
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {package: metadata.version(package) for package in PACKAGES}
+
+
+def _reason(name: str, decisions: Sequence[PairDecision]) -> str:
+    """Why an image is in no model, by what became of its pairs."""
+    if not decisions:
+        return "no pair of it was predicted"
+    if not any(decision.kept for decision in decisions):
+        best = max(decisions, key=lambda decision: decision.score)
+        other = best.pair.name1 if best.pair.name0 == name else best.pair.name0
+        return f"all of its {len(decisions)} directed pairs were dropped; the best, with {other}: {best.reason}"
+    return "the alignment found no pose for it"
 
 
 def _pair_line(decision: PairDecision) -> dict[str, Any]:

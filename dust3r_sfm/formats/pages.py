@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,10 @@ PAGE = """<!doctype html>
 def write_page(path: Path, title: str, data: Mapping[str, Any], scripts: Sequence[str]) -> None:
     """Writes a page drawn by some of the scripts in web/, whole or not at all.
 
-    `data` is what JSON can hold; the scripts find it in the element `data`.
+    `data` is what JSON can hold, null for numbers that are not finite; the scripts find it in the element `data`.
     """
     # within a script element only "<" could end the data
-    content = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    content = json.dumps(_finite(data), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     names = ("page.js", *scripts)
     page = PAGE.format(
         policy=POLICY,
@@ -49,4 +50,12 @@ def write_page(path: Path, title: str, data: Mapping[str, Any], scripts: Sequenc
         data=content,
         script="\n".join((WEB / name).read_text() for name in names),
     )
-    write_bytes(path, page.encode("utf-8", "backslashreplace"))
+    write_bytes(path, page.encode())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

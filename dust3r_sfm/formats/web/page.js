@@ -25,7 +25,7 @@ function fill(node, attributes, children) {
   return node;
 }
 
-const count = (number) => number.toLocaleString("en");
+const count = (number) => number === null ? "?" : number.toLocaleString("en");
 const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
 
 // A row of buttons of which one is on; `act` is told its name.

@@ -59,9 +59,9 @@ function card(image, picture) {
   const source = image[picture];
   const out = image.model === null;
   const facts = out ? [image.reason] : [
-    `${plural(image.observations, "observation")}` + (image.mean_error_px === null ? "" : `, mean error ${image.mean_error_px} px`),
-    `focal ${count(image.focal_px)} px of ${image.size[0]} × ${image.size[1]}`,
-    `confidence ${image.median_confidence}, depth ${image.near} to ${image.far}`,
+    `${plural(image.observations, "observation")}` + (image.mean_error_px === null ? "" : `, ${image.mean_error_px} px off`),
+    `focal ${count(image.focal_px)} px`, `${image.size[0]} × ${image.size[1]} pixels`,
+    `confidence ${image.median_confidence}`, `depth ${image.near} to ${image.far}`,
   ];
   return el("div", { class: "card" },
     el("div", { class: "picture" }, source ? el("img", { src: source, alt: `${picture} of ${image.name}` }) : el("span", { class: "soft small" }, `no ${picture}`)),
