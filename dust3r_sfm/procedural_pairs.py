@@ -17,25 +17,30 @@ from dust3r_sfm.views import View
 SEED = 20_000_003
 """No run of training throws these dice."""
 NUM_TEXTURES = 60
+SAMPLES = 2
 BATCH = 8
 PATCH = 16
 
 
 def procedural_pairs(
-    count: int, long_side: int, device: torch.device | str, textures: Path | None = None, samples: int = 2
+    count: int,
+    long_side: int,
+    device: torch.device | str,
+    textures: Path | None = None,
+    num_generated: int = NUM_TEXTURES,
 ) -> DevPairs:
     """Pairs of photos 4:3 of worlds of their own, changed in tone and compressed as for training.
 
     The same at every call on one kind of device; as many pairs of photos of two worlds beside them.
     """
-    images = generated_textures(NUM_TEXTURES, SEED)
+    images = generated_textures(num_generated, SEED)
     if textures is not None:
         images = torch.cat([images, photo_textures(textures)])
     atlas, dice, views = with_mipmaps(images.to(device)), Dice(device, SEED), []
     height = round(0.75 * long_side / PATCH) * PATCH
     for start in range(0, count, BATCH):
         with torch.no_grad():
-            pairs = sample_pairs(dice, min(BATCH, count - start), height, long_side, atlas, samples)
+            pairs = sample_pairs(dice, min(BATCH, count - start), height, long_side, atlas, SAMPLES)
             views += _views(pairs, augment(dice, pairs.images))
     across = tuple((2 * i, (2 * i + 3) % (2 * count)) for i in range(count)) if count > 1 else ()
     return DevPairs(tuple(views), tuple((2 * i, 2 * i + 1) for i in range(count)), across)

@@ -61,7 +61,7 @@ SCENE_MARGIN = 1.5
 class TrainConfig:
     """A run of training."""
 
-    output: Path
+    output: Path = Path("run")
     """Folder for weights, state and history."""
     config: str | None = None
     """Stage whose settings become the defaults shown here: small_256, large_512, dpt_512, or a JSON file."""
@@ -91,15 +91,13 @@ class TrainConfig:
 
 def configured(arguments: Sequence[str]) -> Callable[..., None]:
     """`main`, with the defaults of the stage that `--config` names in the arguments."""
-    import tyro
-
     stage = None
     for before, argument in zip(["", *arguments], arguments, strict=False):
         name, equals, value = argument.partition("=")
         stage = argument if before == "--config" else value if name == "--config" and equals else stage
     if stage is None:
         return main
-    default = with_stage(TrainConfig(output=tyro.MISSING, config=stage), stage)
+    default = with_stage(TrainConfig(config=stage), stage)
 
     def run(config: TrainConfig = default) -> None:
         main(config)

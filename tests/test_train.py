@@ -1,5 +1,6 @@
 """The train stage from the command line: weights that load, a run that continues, one sentence for a mistake."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -7,9 +8,18 @@ import sys
 
 import pytest
 import torch
+from depth_folders import write_rgbd
+from PIL import Image
+from procedural import make_scene
 
+from dust3r_sfm import plot_training
+from dust3r_sfm import train as train_stage
 from dust3r_sfm.__main__ import main
+from dust3r_sfm.errors import InputError
 from dust3r_sfm.models.dust3r import Dust3r
+from dust3r_sfm.train import TrainConfig, configured
+from dust3r_sfm.training.config import LoopConfig
+from dust3r_sfm.training.stage_files import stage_names, with_stage
 
 
 def options(**values):
@@ -71,12 +81,125 @@ def test_a_run_starts_from_given_weights(trained, tmp_path):
         assert torch.allclose(after[name], value, atol=1e-6), name
 
 
+def test_a_stage_s_settings_are_the_defaults(tmp_path):
+    stage = tmp_path / "stage.json"
+    stage.write_text(
+        json.dumps({"about": "tiny", "num_generated": 3, "loop": {"heights": [32], "width": 64, "minutes": 7}})
+    )
+    for given in ([f"--config={stage}"], ["--config", str(stage)]):
+        default = inspect.signature(configured([*given, "--batch", "2"])).parameters["config"].default
+        assert (default.num_generated, default.loop.width, default.loop.heights) == (3, 64, (32,))
+        assert default.loop.minutes == 7.0
+        assert default.loop.batch == LoopConfig().batch
+    assert configured(["--output", "run"]) is train_stage.main
+
+
+@pytest.mark.parametrize("name", ["small_256", "large_512", "dpt_512"])
+def test_the_stages_that_come_with_the_package_are_whole(name):
+    assert name in stage_names()
+    config = with_stage(TrainConfig(), name)
+    assert config.loop.constant_share == 0.5
+    assert config.model.image_size == config.loop.width
+    assert config.reshape == (name != "small_256")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[]", "must hold an object of settings, got list"),
+        ("{", "is not JSON"),
+        ('{"loop": {"bach": 3}}', "loop has the unknown setting bach: there are minutes, "),
+        ('{"loop": {"batch": "3"}}', "loop: batch must be of the kind of 64, got '3'"),
+        ('{"loop": {"heights": [32, 32.5]}}', "heights must be of the kind of 192, got 32.5"),
+        ('{"loop": {"heights": [100]}}', "must be multiples of 16"),
+        (None, "there is no stage stage.json: expected dpt_512, large_512, small_256, or a JSON file"),
+    ],
+)
+def test_a_mistake_in_a_stage_gets_one_sentence(tmp_path, monkeypatch, capsys, text, sentence):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "stage.json").write_text(text)
+    assert main(["train", "--config", "stage.json", "--output", "run"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert sentence in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_next_stage_carries_weights_over_by_name_and_starts_its_head(tmp_path, caplog):
+    deep = [*TINY, *options(dec_depth=4)]
+    assert train(tmp_path / "linear", 1, *deep) == 0
+    given = tmp_path / "linear" / "weights.safetensors"
+    dpt = ["--reshape", "--init", str(given), *deep, *options(head="dpt", dpt_feature_dim=16, image_size=96)]
+    dpt += ["--dpt_layer_dims", "8", "8", "8", "8"]
+    assert train(tmp_path / "dpt", 1, *dpt, "--learning_rate", "1e-9") == 0
+    assert "new: downstream_head1, downstream_head2." in caplog.text
+    first, second = (Dust3r.from_pretrained(tmp_path / run / "weights.safetensors") for run in ("linear", "dpt"))
+    assert (second.config.head, second.config.image_size, second.config.dpt_feature_dim) == ("dpt", 96, 16)
+    before, after = first.state_dict(), second.state_dict()
+    kept = [name for name in before if "head" not in name]
+    assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in kept)
+    assert not set(after) & {name for name in before if "head" in name}
+    images = torch.zeros((1, 3, 32, 48))
+    assert second(images, images).pointmap1_in_cam0.shape == (1, 32, 48, 3)
+
+
+def test_weights_that_do_not_fit_the_next_stage_are_refused(trained, tmp_path, capsys):
+    weights = str(trained[0] / "weights.safetensors")
+    assert train(tmp_path / "run", 1, "--reshape", "--init", weights, *TINY, "--enc_embed_dim", "64") == 2
+    assert "the weights to start from do not fit the model's shape in " in capsys.readouterr().err
+
+
+def test_a_run_on_own_scenes_is_measured_on_dev_pairs(tmp_path, caplog):
+    """Both are one procedural scene, as photos with cameras and depth."""
+    scene = tmp_path / "scenes" / "room"
+    write_rgbd(make_scene(3, (48, 64), seed=4), scene)
+    names = [f"photos/00{i}.jpg" for i in range(3)]
+    pairs = [[names[0], names[1]], [names[1], names[2]]]
+    (scene.parent / "pairs_within_60deg.json").write_text(json.dumps({"room": pairs}))
+    more = ["--scenes", str(scene), "--dev_scenes", str(scene.parent), *options(scene_share=1.0, batch=2)]
+    assert train(tmp_path / "run", 2, *TINY, *more) == 0
+    assert "3 pairs of 3 photos of 1 scenes." in caplog.text
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    measured = [row for row in history if "rra15" in row]
+    assert [row["pairs"] for row in measured] == [0, history[-1]["pairs"]]
+    assert all(0 <= row["maa30"] <= row["rra15"] + 0.5 for row in measured)
+    assert {"own_rta15", "focal_error", "depth_error"} <= measured[0].keys()
+    plot_training.main(tmp_path / "run")
+    with Image.open(tmp_path / "run" / "history.png") as picture:
+        assert picture.size[0] > 1000
+
+
+def test_own_scenes_without_overlap_are_refused(tmp_path, capsys):
+    write_rgbd(make_scene(2, (48, 64), seed=4), tmp_path / "room")
+    frames = tmp_path / "room" / "cameras.json"
+    content = json.loads(frames.read_text())
+    content["frames"][1]["cam_from_world"][2][3] += 1000.0
+    frames.write_text(json.dumps(content))
+    assert train(tmp_path / "run", 1, *TINY, "--scenes", str(tmp_path / "room")) == 2
+    assert "no two of the 2 photos of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(None, "there is no"), ("x", "is not JSON"), ("[]", "is not the history of a run"), ('[{"a": 1}]', "is not the")],
+)
+def test_a_history_that_cannot_be_drawn_gets_one_sentence(tmp_path, content, sentence):
+    if content is not None:
+        (tmp_path / "history.json").write_text(content)
+    with pytest.raises(InputError, match=sentence):
+        plot_training.main(tmp_path / "history.json")
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
         (["--textures", "nowhere"], "no folder nowhere: expected one of photos for textures"),
         (["--textures", "."], "no photos in .: expected JPEG, PNG or WebP files"),
         (["--init", "nowhere.safetensors"], "no model at nowhere.safetensors"),
+        (["--scenes", "."], ". is no scene to train on: expected a cameras.json"),
+        (["--dev_scenes", "."], "there is no pairs_within_60deg.json"),
+        (["--num_generated", "0"], "there are no textures"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_no_folder(tmp_path, monkeypatch, capsys, more, sentence):
@@ -103,7 +226,16 @@ def test_help_names_every_option_once_with_hyphens_or_underscores(capsys):
         main(["train", "--help"])
     assert done.value.code == 0
     said = capsys.readouterr().out
-    for option in ("--output", "--init", "--textures", "--minutes", "--learning_rate", "--enc_depth", "--no_compile"):
+    for option in (
+        "--output",
+        "--init",
+        "--textures",
+        "--minutes",
+        "--learning_rate",
+        "--enc_depth",
+        "--no_compile",
+        "--config",
+    ):
         assert said.count(option + " ") == 1, option
     assert "Folder of photos for textures" in said
     assert "loop." not in said.replace("config.loop options", "")
