@@ -6,14 +6,8 @@ import torch
 from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig
 from dust3r_sfm.models.inference import normalized, ready
 
-SMALL = {
-    "enc_embed_dim": 32,
-    "enc_depth": 1,
-    "enc_num_heads": 2,
-    "dec_embed_dim": 16,
-    "dec_depth": 4,
-    "dec_num_heads": 2,
-}
+SMALL = {"enc_embed_dim": 32, "enc_depth": 1, "enc_num_heads": 2}
+SMALL |= {"dec_embed_dim": 16, "dec_depth": 4, "dec_num_heads": 2}
 FIELDS = ("pointmap0_in_cam0", "confidence0", "pointmap1_in_cam0", "confidence1")
 CPU = torch.device("cpu")
 
