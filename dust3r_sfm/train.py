@@ -188,7 +188,8 @@ def _load_scenes(config: TrainConfig, device: torch.device) -> ScenePairs | None
             f"no two of the {sum(map(len, scenes))} photos of {', '.join(map(str, config.scenes))} see enough of the "
             f"same: expected pairs that share a tenth of their pixels or more"
         )
-    logger.info("%d pairs of %d photos of %d scenes.", len(pairs.pairs), len(pairs.images), len(scenes))
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.DEBUG
+    logger.log(level, "%d pairs of %d photos of %d scenes.", len(pairs.pairs), len(pairs.images), len(scenes))
     return pairs
 
 

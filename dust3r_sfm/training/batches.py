@@ -13,7 +13,7 @@ from dust3r_sfm.training.augment import apply_changes, augment
 from dust3r_sfm.training.config import LoopConfig
 from dust3r_sfm.training.datasets import ScenePairs
 from dust3r_sfm.training.losses import token_targets
-from dust3r_sfm.training.synthetic import TrainingPairs, sample_pairs
+from dust3r_sfm.training.synthetic import TrainingPairs, rigid_inverse, sample_pairs
 from dust3r_sfm.training.world import Dice
 
 
@@ -29,6 +29,8 @@ class Batch:
     """The partner of each token of the first view among the second's."""
     apart: Bool[Tensor, " d"]
     """Photos of two worlds: there is nothing to learn but that."""
+    centers: Float[Tensor, "d 3"]
+    """The second camera's place in the first one's frame."""
 
     def copy_from(self, other: Batch) -> None:
         for field in fields(self):
@@ -81,4 +83,7 @@ def _batch(dice: Dice, pairs: TrainingPairs, apply: Callable[..., Tensor], num_f
         images = torch.stack([images[:, 0], second], 1)
     apart = torch.arange(len(images), device=images.device).repeat(2) < num_apart
     targets = targets.masked_fill(apart[:, None], -100)
-    return Batch(images, torch.cat([forth, back.flip(1)]), torch.cat([valid, valid.flip(1)]), targets, apart)
+    truth, valid = torch.cat([forth, back.flip(1)]), torch.cat([valid, valid.flip(1)])
+    cam0_from_cam1 = pairs.cam_from_world[:, 0] @ rigid_inverse(pairs.cam_from_world[:, 1])
+    centers = torch.cat([cam0_from_cam1[:, :3, 3], rigid_inverse(cam0_from_cam1)[:, :3, 3]])
+    return Batch(images, truth, valid, targets, apart, centers)

@@ -54,6 +54,8 @@ class LoopConfig:
     """Of the moving average of the weights, which is what is saved."""
     matching: float = 0.1
     """Weight of the loss that makes encoded tokens of the same place alike; 0: without."""
+    rays: float = 0.0
+    """Weight of the loss on the directions from the true cameras to the predicted points; 0: without."""
     confidence_alpha: float = 0.2
     seed: int = 0
     save_minutes: float = 2.0

@@ -18,6 +18,8 @@ from dust3r_sfm.training.config import LoopConfig, learning_rate
 from dust3r_sfm.training.optimizer import Optimizer
 from dust3r_sfm.training.step import REPORT, Engine, OverlappedStep, Step, make_steps, objective
 
+ASK_SECONDS = 3.0
+"""Between two looks at the first process's clock."""
 Steps = dict[tuple[int, int], Step | OverlappedStep]
 
 
@@ -97,7 +99,7 @@ class Trainer:
         """
         c, steps, progress = self.config, self.steps(), _Progress(self, log)
         self.chooser = torch.Generator().manual_seed(c.seed + self.optimizer.step_count)  # the same on every process
-        self._clock = (0.0, 0.0)
+        self._clock, self._asked_again, self._asked_after = [0.0, _minutes_since(self.started)], 0, 1
         save_timer, measure_timer = _Timer(c.save_minutes), _Timer(c.measure_minutes)
         is_first, offset, start = self.rank == 0, self.minutes_before, time.monotonic()
         if is_first and measure is not None:
@@ -143,14 +145,17 @@ class Trainer:
         log(f"{self.minutes_before:6.2f} min  " + "  ".join(f"{name} {value:.3f}" for name, value in row.items()))
 
     def _agree(self, elapsed: float, session: float) -> tuple[float, float]:
-        """The first process's clocks, asked every 50 steps: all stop at the same step."""
+        """The first process's clocks, asked every few seconds, at most every 50 steps: all stop at the same step."""
         if self.world_size == 1:
             return elapsed, session
-        if self.optimizer.step_count % 50 == 0 or self._clock == (0.0, 0.0):
-            clock = torch.tensor([elapsed, session], device=self.device, dtype=torch.float64)
+        if self._asked_again == 0:
+            steps = min(50.0, max(1.0, ASK_SECONDS / 60 / max((session - self._clock[1]) / self._asked_after, 1e-9)))
+            clock = torch.tensor([elapsed, session, steps], device=self.device, dtype=torch.float64)
             torch.distributed.broadcast(clock, 0)
-            self._clock = tuple(clock.tolist())
-        return self._clock
+            *self._clock, steps = clock.tolist()
+            self._asked_again = self._asked_after = int(steps)
+        self._asked_again -= 1
+        return self._clock[0], self._clock[1]
 
 
 class _Progress:

@@ -29,6 +29,24 @@ def regression_error(
     return (predicted - truth).norm(dim=-1)
 
 
+def ray_error(
+    predicted: Float[Tensor, "b 2 h w 3"],
+    truth: Float[Tensor, "b 2 h w 3"],
+    valid: Bool[Tensor, "b 2 h w"],
+    center1_in_cam0: Float[Tensor, "b 3"],
+) -> Float[Tensor, "b 2 h w"]:
+    """How far the directions from each view's true camera to its predicted points are off, in radians where small.
+
+    Of view 0 it says what the focal length will be, of view 1 what the pose will be: an error in depth along a ray
+    costs nothing. Scales are matched as in `regression_error`.
+    """
+    scale, true_scale = mean_distance(predicted, valid), mean_distance(truth, valid)
+    origins = torch.stack([torch.zeros_like(center1_in_cam0), center1_in_cam0], 1)[:, :, None, None] / true_scale
+    rays = [points - origins for points in (predicted / scale, truth / true_scale)]
+    directions = [x / x.norm(dim=-1, keepdim=True).clamp(min=1e-3) for x in rays]
+    return (directions[0] - directions[1]).norm(dim=-1)
+
+
 def masked_mean(values: Float[Tensor, "b *n"], valid: Bool[Tensor, "b *n"]) -> Float[Tensor, ""]:
     """Mean over the valid entries of the batch; 0 where there is none."""
     return torch.where(valid, values, 0.0).sum() / valid.sum().clamp(min=1)

@@ -16,6 +16,7 @@ from dust3r_sfm.training.config import LoopConfig
 from dust3r_sfm.training.losses import (
     confidence_loss,
     masked_mean,
+    ray_error,
     regression_error,
     stack_prediction,
     token_matching_loss,
@@ -33,9 +34,11 @@ def objective(
     truth: Float[Tensor, "d 2 h w 3"],
     valid: Bool[Tensor, "d 2 h w"],
     apart: Bool[Tensor, " d"],
+    centers: Float[Tensor, "d 3"],
     alpha: float,
+    rays: float = 0.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " 4"]]:
-    """The confidence-aware loss, and the first four of REPORT.
+    """The confidence-aware loss with `rays` times that of directions, and the first four of REPORT.
 
     Every pixel of photos of two worlds counts as one that is wrong by as much as the scene is far: no coordinates are
     learned there, only that the confidence is low.
@@ -45,6 +48,9 @@ def objective(
     alien = apart[:, None, None, None].expand_as(valid)
     known = valid & ~alien
     loss = confidence_loss(torch.where(alien, 1.0, error), confidence, valid | alien, alpha)
+    if rays:
+        directions = ray_error(predicted, truth, valid, centers)
+        loss = loss + rays * (masked_mean(directions[:, 0], known[:, 0]) + masked_mean(directions[:, 1], known[:, 1]))
     log_confidence = confidence.log()
     report = [masked_mean(error[:, k], known[:, k]) for k in (0, 1)]
     report += [masked_mean(log_confidence, where) for where in (known, alien)]
@@ -69,7 +75,8 @@ def pair_loss(
     maps = (getattr(prediction, field.name) for field in dataclasses.fields(prediction))
     prediction = PairPrediction(*(_one_row(values, 1) for values in maps))
     truth, valid = _one_row(batch.truth, 2), _one_row(batch.valid, 2)
-    loss, report = objective(prediction, truth, valid, batch.apart, config.confidence_alpha)
+    weights = config.confidence_alpha, config.rays
+    loss, report = objective(prediction, truth, valid, batch.apart, batch.centers, *weights)
     matching = loss.new_zeros(())
     if config.matching:
         matching = token_matching_loss(matcher(first.features), matcher(second.features), batch.targets)

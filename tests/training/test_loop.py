@@ -67,6 +67,12 @@ def test_both_directions_of_a_pair_are_trained(textures):
         slope = points[..., 0] / points[..., 2]  # NaN where nothing is
         column = slope.nanmedian(0).values.expand_as(slope)
         assert torch.allclose(slope[valid], column[valid], atol=1e-4)
+    # from the second camera, which stands at its centre, the second view's points lie along its own rays
+    for direction in range(6):
+        points, valid = batch.truth[direction, 1] - batch.centers[direction], batch.valid[direction, 1]
+        if valid[4].sum() > 4:  # the rays of a row lie in a plane
+            rays = points[4][valid[4]].double()
+            assert torch.linalg.svdvals(rays / rays.norm(dim=-1, keepdim=True))[2] < 1e-3
     # both directions hold the same points: a rigid motion apart
     for k in range(3):
         forth, back = batch.truth[k][batch.valid[k]][::37], batch.truth[k + 3].flip(0)[batch.valid[k]][::37]
@@ -74,7 +80,9 @@ def test_both_directions_of_a_pair_are_trained(textures):
         assert torch.allclose(*distances, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"portrait": 1.0}, {"matching": 0.0}, {"muon": False}, {"samples": 2}])
+@pytest.mark.parametrize(
+    "options", [{"portrait": 1.0}, {"rays": 0.5}, {"matching": 0.0}, {"muon": False}, {"samples": 2}]
+)
 def test_other_ways_to_train_run_too(textures, options):
     run_ = trainer(textures, max_steps=2, log_steps=1, **options)
     run(run_)
@@ -162,7 +170,7 @@ def test_photos_of_two_worlds_teach_low_confidence_and_no_coordinates(textures):
     raw = torch.randn((8, 2, 32, 48, 4), generator=torch.Generator().manual_seed(0)).requires_grad_()
     points, confidence = raw[..., :3], 1 + raw[..., 3].exp()
     prediction = PairPrediction(points[:, 0], confidence[:, 0], points[:, 1], confidence[:, 1])
-    loss, report = objective(prediction, batch.truth, batch.valid, batch.apart, 0.2)
+    loss, report = objective(prediction, batch.truth, batch.valid, batch.apart, batch.centers, 0.2)
     loss.backward()
     assert (raw.grad[batch.apart][..., :3] == 0).all()
     assert (raw.grad[batch.apart][..., 3] > 0).all()  # downwards, in every pixel
@@ -178,7 +186,7 @@ def test_without_photos_of_two_worlds_the_loss_is_the_paper_s(textures):
     points = torch.randn((4, 2, 32, 48, 3), generator=torch.Generator().manual_seed(0))
     confidence = torch.full((4, 2, 32, 48), 1.5)
     prediction = PairPrediction(points[:, 0], confidence[:, 0], points[:, 1], confidence[:, 1])
-    loss, report = objective(prediction, batch.truth, batch.valid, batch.apart, 0.2)
+    loss, report = objective(prediction, batch.truth, batch.valid, batch.apart, batch.centers, 0.2)
     error = regression_error(points, batch.truth, batch.valid)
     assert torch.allclose(loss, confidence_loss(error, confidence, batch.valid, 0.2))
     assert report[3] == 0

@@ -12,6 +12,7 @@ from dust3r_sfm.training.losses import (
     confidence_loss,
     masked_mean,
     mean_distance,
+    ray_error,
     regression_error,
     stack_prediction,
     token_matching_loss,
@@ -172,3 +173,33 @@ def test_tokens_without_a_partner_do_not_count():
     each = [token_matching_loss(a, b, torch.full((1, 6), -100).index_fill_(1, torch.tensor([i]), i)) for i in (0, 2, 5)]
     assert float(token_matching_loss(a, b, some)) == pytest.approx(float(sum(each) / 3), rel=1e-5)
     assert token_matching_loss(a, b, torch.full((1, 6), -100)) == 0
+
+
+def test_directions_are_seen_from_each_camera_and_depth_along_them_is_free():
+    g = torch.Generator().manual_seed(0)
+    truth = torch.randn((3, 2, 6, 8, 3), generator=g) + torch.tensor([0.0, 0.0, 6.0])
+    centers = torch.randn((3, 3), generator=g)
+    valid = torch.ones(truth.shape[:-1], dtype=torch.bool)
+    assert ray_error(4.0 * truth, truth, valid, centers).max() < 1e-5  # whatever the scale
+    origins = torch.stack([torch.zeros(3, 3), centers], 1)[:, :, None, None]
+    stretch = 1 + 0.3 * torch.rand(valid.shape, generator=g)[..., None]
+    along = origins + stretch * (truth - origins)
+    along_scaled = along * mean_distance(truth, valid) / mean_distance(along, valid)
+    own = ray_error(along, truth, valid, centers)
+    assert own[:, 0].max() < 1e-5  # of view 0 depth is free; view 1's camera moves with the scale that is wrong
+    assert regression_error(along_scaled, truth, valid).mean() > 0.02
+    angle = torch.tensor(0.01)
+    turn = torch.tensor([[angle.cos(), 0, angle.sin()], [0, 1, 0], [-angle.sin(), 0, angle.cos()]])
+    upright = truth.clone()
+    upright[..., 1] = 0.0  # at right angles to the axis
+    centers[:, 1] = 0.0
+    turned = torch.stack([upright[:, 0], centers[:, None, None] + (upright[:, 1] - centers[:, None, None]) @ turn.T], 1)
+    # the mean distance hardly changes, so every direction of view 1 is off by the angle
+    assert torch.allclose(ray_error(turned, upright, valid, centers)[:, 1], angle, rtol=0.15)
+
+
+def test_directions_have_finite_gradients_at_the_camera():
+    predicted = torch.zeros((1, 2, 2, 2, 3), requires_grad=True)
+    truth, valid = torch.ones((1, 2, 2, 2, 3)), torch.ones((1, 2, 2, 2), dtype=torch.bool)
+    ray_error(predicted, truth, valid, torch.zeros(1, 3)).sum().backward()
+    assert predicted.grad.isfinite().all()
