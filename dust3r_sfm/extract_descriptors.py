@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -17,8 +18,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from dust3r_sfm.engine import EngineConfig, is_local, map_shards, share_of
 from dust3r_sfm.errors import InputError
-from dust3r_sfm.formats.descriptors import DescriptorStore, ImageDescriptor
+from dust3r_sfm.files import holding
+from dust3r_sfm.formats.descriptors import DescriptorStore, ImageDescriptor, descriptor_folder
 from dust3r_sfm.formats.pointmaps import hash_of
 from dust3r_sfm.infer_pairs import InferConfig, computes_in_bfloat16, pick_device
 from dust3r_sfm.models.apgem import MAX_SIDE, ApGem, load_apgem
@@ -51,6 +54,7 @@ def main(
     scales: tuple[float, ...] = (1.0,),
     on_bad_image: Literal["error", "skip"] = "error",
     config: InferConfig = InferConfig(),  # noqa: B008  frozen
+    engine: EngineConfig = EngineConfig(),  # noqa: B008  frozen
 ) -> None:
     """Describe each photo of a folder by a vector.
 
@@ -62,33 +66,60 @@ def main(
         scales: Sizes, relative to the photo's, over which AP-GeM's descriptors are averaged.
         on_bad_image: Stop at photos that cannot be used, or leave them out.
         config: How to run the network.
+        engine: Where to run it.
     """
     names = list_images(image_dir)
-    device = pick_device(config)
-    extractor = _load(model, apgem, scales, device)
+    extractor = _load(model, apgem, scales, config)
     output.parent.mkdir(parents=True, exist_ok=True)
-    store = DescriptorStore(output)
     keys = {name: _key(image_dir / name, extractor) for name in names}
+    make = (lambda: extractor) if is_local(engine) else partial(_load, model, apgem, scales, config)
+    share = None if engine.shard is None else engine.shard.replace("/", "-")
+    with holding(descriptor_folder(output), share):
+        store = DescriptorStore(output)
+        rejected = _describe_to_store(image_dir, keys, store, make, config, engine)
+        _report_rejected(rejected, len(names), on_bad_image)
+        if share is not None:
+            logger.info("Share %s is done; the same command without --shard puts all shares together.", engine.shard)
+            return
+        there = {name: key for name, key in keys.items() if key in store}
+        if not there:
+            raise InputError(f"none of the {len(names)} images in {image_dir} can be used")
+        store.finish(there)
+    logger.info("%d images are described by %d numbers each in %s.", len(there), extractor.network.dim, output)
+
+
+def _describe_to_store(
+    image_dir: Path,
+    keys: Mapping[str, str],
+    store: DescriptorStore,
+    make: Callable[[], _Extractor],
+    config: InferConfig,
+    engine: EngineConfig,
+) -> dict[str, str]:
+    """Why images cannot be used; the others of the engine's share are in the store, each content once."""
     first_of = {key: name for name, key in reversed(keys.items())}  # copies are described once
-    todo = sorted(name for key, name in first_of.items() if key not in store)
+    names = sorted(first_of.values())
+    shards = share_of([names[start : start + SHARD_IMAGES] for start in range(0, len(names), SHARD_IMAGES)], engine)
+    todo = [[name for name in shard if keys[name] not in store] for shard in shards]
+    todo = [shard for shard in todo if shard]
     rejected: dict[str, str] = {}
-    with tqdm(total=len(todo), desc="Descriptors", unit="image", disable=None) as bar:
-        for start in range(0, len(todo), SHARD_IMAGES):
-            views, bad = _read(image_dir, todo[start : start + SHARD_IMAGES], extractor)
+    with tqdm(total=sum(map(len, todo)), desc="Descriptors", unit="image", disable=None) as bar:
+        describe = partial(_describe_shard, image_dir=image_dir, config=config)
+        for _, (sizes, rows, bad) in map_shards(describe, make, todo, engine):
             rejected |= bad
-            found = _describe(extractor, views, config)
-            items = [
-                ImageDescriptor(v.name, keys[v.name], v.original_size, d) for v, d in zip(views, found, strict=True)
-            ]
+            items = [ImageDescriptor(n, keys[n], size, d) for (n, size), d in zip(sizes.items(), rows, strict=True)]
             if items:
                 store.add(items)
-            bar.update(len(views) + len(bad))
-    _report_rejected(rejected, len(names), on_bad_image)
-    there = {name: key for name, key in keys.items() if key in store}
-    if not there:
-        raise InputError(f"none of the {len(names)} images in {image_dir} can be used")
-    store.finish(there)
-    logger.info("%d images are described by %d numbers each in %s.", len(there), extractor.network.dim, output)
+            bar.update(len(items) + len(bad))
+    return rejected
+
+
+def _describe_shard(
+    extractor: _Extractor, names: Sequence[str], image_dir: Path, config: InferConfig
+) -> tuple[dict[str, tuple[int, int]], Float[np.ndarray, "n d"], dict[str, str]]:
+    """The stored sizes by name and the descriptors of images that can be used, and why others cannot."""
+    views, bad = _read(image_dir, names, extractor)
+    return {view.name: view.original_size for view in views}, _describe(extractor, views, config), bad
 
 
 def describe_views(
@@ -101,7 +132,8 @@ def describe_views(
     return _describe(_Extractor(network, (1.0,), ""), views, config)
 
 
-def _load(model: str | None, apgem: Path | None, scales: tuple[float, ...], device: torch.device) -> _Extractor:
+def _load(model: str | None, apgem: Path | None, scales: tuple[float, ...], config: InferConfig) -> _Extractor:
+    device = pick_device(config)
     if not scales or min(scales) <= 0:
         raise InputError(f"scales must be positive, and at least one, got {scales}")
     if apgem is None:

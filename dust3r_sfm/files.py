@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
 from dust3r_sfm.errors import InputError
 
@@ -41,20 +42,30 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 
 
 @contextmanager
-def holding(folder: Path) -> Iterator[None]:
+def holding(folder: Path, share: str | None = None) -> Iterator[None]:
     """Make `folder` and keep other runs out of it until the block ends; InputError where one is in it already.
 
-    The lock belongs to the process: a killed run leaves none behind.
+    Runs that do different shares of the work, each by its name, may be in it together. The lock belongs to the process:
+    a killed run leaves none behind.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK_NAME, "w")  # noqa: SIM115  closed below
+        with ExitStack() as files:
+            lock = files.enter_context(open(folder / LOCK_NAME, "w"))
+            own = files.enter_context(open(folder / f"{LOCK_NAME}.{share}", "w")) if share else None
+            _lock(folder, lock, is_shared=share is not None)
+            if own is not None:
+                _lock(folder, own)
+            files = files.pop_all()
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error.strerror}): choose another output folder") from error
-    with file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"another run is working in {folder}: wait for it or choose another folder") from None
+    with files:
         yield
+
+
+def _lock(folder: Path, file: IO[str], is_shared: bool = False) -> None:
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is working in {folder}: wait for it or choose another folder") from None

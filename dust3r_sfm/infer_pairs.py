@@ -9,16 +9,19 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from tqdm import tqdm
 
+from dust3r_sfm.engine import EngineConfig, is_local, map_shards, share_of
 from dust3r_sfm.errors import InputError
+from dust3r_sfm.files import holding
 from dust3r_sfm.formats.known_cameras import read_known_cameras
 from dust3r_sfm.formats.pairs import read_pairs
-from dust3r_sfm.formats.pointmaps import PointmapShards, hash_of
+from dust3r_sfm.formats.pointmaps import PointmapShards, hash_of, shard_folder
 from dust3r_sfm.graph import symmetrize
 from dust3r_sfm.models.dust3r import Dust3r, Tokens
 from dust3r_sfm.pairs import Pair, PairPrediction, Predictions
@@ -50,6 +53,7 @@ def main(
     on_bad_image: Literal["error", "skip"] = "error",
     cameras: Path | None = None,
     config: InferConfig = InferConfig(),
+    engine: EngineConfig = EngineConfig(),  # noqa: B008  frozen
 ) -> None:
     """Predict pointmaps of every pair of a pairs file, in both directions.
 
@@ -61,6 +65,7 @@ def main(
         on_bad_image: Stop at photos that cannot be used, or leave them out.
         cameras: A cameras.json or a COLMAP model: the network sees photos without the lens distortion that it gives.
         config: How to run the network.
+        engine: Where to run it.
     """
     network = Dust3r.from_pretrained(model)
     size, square_ok = network.config.image_size, network.config.square_ok
@@ -68,8 +73,13 @@ def main(
     views = load_views(image_dir, size, on_bad_image=on_bad_image, square_ok=square_ok, cameras=known)
     directed = symmetrize(read_pairs(pairs, [view.name for view in views]))
     output.parent.mkdir(parents=True, exist_ok=True)
-    infer_pairs(network, views, directed, output, config)
-    logger.info("%d directed pairs of %d images are in %s.", len(directed), len(views), output)
+    if engine.shard is None:
+        infer_pairs(network, views, directed, output, config, engine)
+        logger.info("%d directed pairs of %d images are in %s.", len(directed), len(views), output)
+        return
+    with holding(shard_folder(output), engine.shard.replace("/", "-")):
+        _infer_to_store(network, views, directed, PointmapShards(output), config, engine)
+    logger.info("Share %s is done; the same command without --shard puts all shares together.", engine.shard)
 
 
 def infer_pairs(
@@ -78,6 +88,7 @@ def infer_pairs(
     pairs: Sequence[Pair],
     output: Path | None = None,
     config: InferConfig = InferConfig(),
+    engine: EngineConfig = EngineConfig(),  # noqa: B008  frozen
 ) -> Predictions:
     """Predictions of directed pairs: in `output`, continuing what is there, or in memory where it is None.
 
@@ -89,23 +100,52 @@ def infer_pairs(
     if unknown:
         raise InputError(f"{len(unknown)} names of pairs are not among the {len(views)} images, first {unknown[0]}")
     pairs = [Pair(*pair) for pair in dict.fromkeys(pairs)]
-    shards = _cut(_in_order(pairs, views), SHARD_PAIRS)
     if output is None:
+        shards = _cut(_in_order(pairs, views), SHARD_PAIRS)
         return _infer_to_memory(_Network(model, views, config), pairs, shards)
-    store = PointmapShards(Path(output))
+    output = Path(output)
+    with holding(shard_folder(output)):
+        store = PointmapShards(output)
+        keys = _infer_to_store(model, views, pairs, store, config, engine)
+        return store.finish(pairs, [keys[pair] for pair in pairs])
+
+
+def _infer_to_store(
+    model: Dust3r,
+    views: Sequence[View],
+    pairs: Sequence[Pair],
+    store: PointmapShards,
+    config: InferConfig,
+    engine: EngineConfig,
+) -> dict[Pair, str]:
+    """The keys by which the store has the predictions, or those of the engine's share of them."""
     keys = prediction_keys(model, views, pairs)
+    shards = share_of(_cut(_in_order(pairs, views), SHARD_PAIRS), engine)
     todo = [[pair for pair in shard if keys[pair] not in store] for shard in shards]
+    todo = [shard for shard in todo if shard]
     total = sum(map(len, todo))
-    if total < len(pairs):
-        logger.info("%d of %d pairs are in %s already.", len(pairs) - total, len(pairs), output)
+    if total < sum(map(len, shards)):
+        there = sum(map(len, shards)) - total
+        logger.info("%d of %d pairs are in %s already.", there, there + total, store.path)
     if total:
-        _check_space(itertools.chain(*todo), by_name, store.folder)
-        network = _Network(model, views, config)
-        with tqdm(total=total, desc="DUSt3R", unit="pair", disable=None) as bar:
-            for shard in filter(None, todo):
-                found = dict(network.predict(shard, bar))
-                store.add([keys[pair] for pair in found], list(found.values()))
-    return store.finish(pairs, [keys[pair] for pair in pairs])
+        _check_space(itertools.chain(*todo), {view.name: view for view in views}, store.folder)
+    with tqdm(total=total, desc="DUSt3R", unit="pair", disable=None if total else True) as bar:
+        predict = partial(_predict_shard, bar=bar) if is_local(engine) else _predict_shard
+        for _, found in map_shards(predict, partial(_Network, model, views, config), todo, engine):
+            store.add([keys[pair] for pair in found], list(found.values()))
+            bar.update(0 if is_local(engine) else len(found))
+    return keys
+
+
+class _Silent:
+    """The bar of a worker, which has none."""
+
+    def update(self, n: int) -> None:
+        pass
+
+
+def _predict_shard(network: _Network, shard: Sequence[Pair], bar: tqdm | None = None) -> dict[Pair, PairPrediction]:
+    return dict(network.predict(shard, bar or _Silent()))
 
 
 def prediction_keys(model: Dust3r, views: Sequence[View], pairs: Sequence[Pair]) -> dict[Pair, str]:
@@ -152,7 +192,7 @@ class _Network:
         self.blocks = {view.name: block for blocks in groups for block in blocks for view in block}
         self.encodings: OrderedDict[str, Tokens] = OrderedDict()
 
-    def predict(self, pairs: Sequence[Pair], bar: tqdm) -> Iterator[tuple[Pair, PairPrediction]]:
+    def predict(self, pairs: Sequence[Pair], bar: _Silent | tqdm) -> Iterator[tuple[Pair, PairPrediction]]:
         """Predictions on the CPU in float32; the bar moves with every batch."""
         for _, group in itertools.groupby(pairs, self._sizes):
             for batch in _cut(list(group), self.batch_size):

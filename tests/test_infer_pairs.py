@@ -10,6 +10,7 @@ from PIL import Image
 
 from dust3r_sfm.__main__ import main
 from dust3r_sfm.errors import InputError
+from dust3r_sfm.files import holding
 from dust3r_sfm.formats.pointmaps import PointmapFile, shard_folder
 from dust3r_sfm.graph import pairs_exhaustive
 from dust3r_sfm.infer_pairs import InferConfig, infer_pairs, pick_device
@@ -78,7 +79,7 @@ def counted(model, monkeypatch):
 
 
 def contents(path):
-    return {file.name: file.read_bytes() for file in shard_folder(path).iterdir()}
+    return {file.name: file.read_bytes() for file in shard_folder(path).glob("*.h5")}
 
 
 def test_batches_of_mixed_sizes_equal_single_forward_passes(model, views, pairs):
@@ -203,3 +204,29 @@ def test_the_stage_predicts_a_pairs_file_in_both_directions(model, views, tmp_pa
     expected = ["0.jpg 1.jpg", "1.jpg 0.jpg", "1.jpg 2.jpg", "2.jpg 1.jpg"]
     assert [" ".join(pair) for pair in PointmapFile(output)] == expected
     assert "4 directed pairs of 3 images are in" in caplog.text
+
+
+def test_shares_of_a_batch_scheduler_put_together_are_what_one_run_gives(model, views, tmp_path, counted):
+    folder, weights = tmp_path / "photos", tmp_path / "tiny.safetensors"
+    folder.mkdir()
+    for view in views:
+        Image.fromarray(view.image.numpy()).save(folder / f"{view.name[:-4]}.png")
+    save_weights(model, weights, {"name": "tiny", "licence": "Apache-2.0"})
+    names = [f"{view.name[:-4]}.png" for view in views]
+    (tmp_path / "pairs.txt").write_text("\n".join(f"{a} {b}" for a in names for b in names if a < b))
+
+    def run(output, *options):
+        paths = ["--image_dir", str(folder), "--pairs", str(tmp_path / "pairs.txt"), "--output", str(output)]
+        return main(["infer-pairs", *paths, "--model", str(weights), "--precision", "float32", *options])
+
+    assert run(tmp_path / "whole" / "p.h5") == 0
+    output = tmp_path / "shares" / "p.h5"
+    assert run(output, "--shard", "2/2") == 0
+    assert not output.exists()
+    assert 0 < len(contents(output)) < len(contents(tmp_path / "whole" / "p.h5"))
+    with holding(shard_folder(output), "2-2"):
+        assert run(output, "--shard", "2/2") == 2
+        assert run(output) == 2
+        assert run(output, "--shard", "1/2") == 0
+    assert run(output) == 0
+    assert contents(output) == contents(tmp_path / "whole" / "p.h5")

@@ -101,7 +101,7 @@ class DescriptorStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.folder = path.with_name(f"{path.stem}.shards")
+        self.folder = descriptor_folder(path)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._places: dict[str, tuple[Path, str]] = {}
         for file in [path, *sorted(self.folder.glob("*.h5"))]:
@@ -137,6 +137,11 @@ class DescriptorStore:
         except (OSError, KeyError):
             return
         self._places.update(found)
+
+
+def descriptor_folder(path: Path) -> Path:
+    """Where the shards of a descriptor file lie while it is being made."""
+    return path.with_name(f"{path.stem}.shards")
 
 
 def write_descriptors(path: Path, items: Iterable[ImageDescriptor]) -> None:
