@@ -35,7 +35,6 @@ from dust3r_sfm.queries import (
     load_queries,
     make_query,
     nearest_images,
-    of_query,
     photos_key,
     predict,
     reference_features,
@@ -135,8 +134,7 @@ def locate_all(
         view_of = {view.name: view for view in views}
         for query in rest:
             images = neighbors[query.name]
-            one = of_query(predictions, query, images)
-            found[query.name] = locate_by_network(query, images, structure, reference, view_of, one, config)
+            found[query.name] = locate_by_network(query, images, structure, reference, view_of, predictions, config)
     return found
 
 
@@ -164,10 +162,9 @@ def localize(
     query = make_query(view, camera, known, EMPTY)
     neighbors = nearest_images(model, [view], there, num_matched)
     predictions = predict(model, [query], neighbors, there, None, InferConfig())
-    one = of_query(predictions, query, neighbors[view.name])
     nothing = Structure(np.zeros((0, 3)), {}, {})
     view_of = {v.name: v for v in there}
-    return locate_by_network(query, neighbors[view.name], nothing, known, view_of, one, config)
+    return locate_by_network(query, neighbors[view.name], nothing, known, view_of, predictions, config)
 
 
 def _logs(located: Mapping[str, Located | None], neighbors: Mapping[str, Sequence[str]]) -> dict[str, Any]:

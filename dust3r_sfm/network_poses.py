@@ -25,6 +25,8 @@ from dust3r_sfm.pairs import Pair, PairPrediction, Predictions
 from dust3r_sfm.reference import Reference
 from dust3r_sfm.views import View
 
+MIN_OF_MOST = 0.5
+"""Images with fewer matches than this share of the best one's are left out."""
 MIN_SEEN = 10
 """Pixels of known depth that an image must have for its pointmap to be scaled by them."""
 
@@ -32,8 +34,12 @@ MIN_SEEN = 10
 def dense_matches(
     query: View, images: Sequence[str], reference: Reference, views: Mapping[str, View], predictions: Predictions
 ) -> PointMatches:
-    """Reciprocal matches of the query with the images, whose pixels see points at the predicted, scaled depth."""
-    parts = []
+    """Reciprocal matches of the query with the images, whose pixels see points at the predicted, scaled depth.
+
+    Images that share little with the query have far fewer matches than those that share much, and
+    most of them wrong: they are left out.
+    """
+    parts: list[PointMatches] = []
     for name in images:
         pair = Pair(name, query.name)
         scale = unit_scale(predictions[pair], views[name], reference.seen.get(name))
@@ -43,7 +49,8 @@ def dense_matches(
         if len(found.scores):
             points = _points_in_world(found.keypoints0, predictions[pair], views[name], scale, reference)
             parts.append(PointMatches(query.stored_from_net(found.keypoints1.double().numpy()), points))
-    return joined(parts)
+    most = max(map(len, parts), default=0)
+    return joined(part for part in parts if len(part) >= MIN_OF_MOST * most)
 
 
 def relative_poses(

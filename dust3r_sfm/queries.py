@@ -22,7 +22,7 @@ from dust3r_sfm.infer_pairs import InferConfig, infer_pairs
 from dust3r_sfm.models.dust3r import Dust3r
 from dust3r_sfm.pairs import Pair, Predictions
 from dust3r_sfm.pairs_from_retrieval import pair_graph
-from dust3r_sfm.query_poses import Query
+from dust3r_sfm.query_poses import QUERY, Query
 from dust3r_sfm.reference import (
     Reference,
 )
@@ -33,8 +33,6 @@ from dust3r_sfm.views import SUFFIXES, KnownCamera, View, list_images, load_view
 MAX_EXHAUSTIVE = 40
 """Up to so many reference images every one is matched with every other, and above with those that look alike."""
 NUM_ALIKE = 20
-QUERY = "query://"
-"""Before the names of queries where they meet those of reference images; no path below a folder begins so."""
 
 
 def make_query(view: View, camera: pycolmap.Camera | None, reference: Reference, sparse: SparseMatches) -> Query:
@@ -46,7 +44,8 @@ def make_query(view: View, camera: pycolmap.Camera | None, reference: Reference,
     guesses = list(reference.guesses_for(view.original_size))
     if view.name in sparse.cameras and sparse.cameras[view.name].has_prior_focal_length:
         guesses.append(sparse.cameras[view.name])  # from EXIF
-    return Query(view, QueryCamera(view.original_size, camera, tuple(guesses)), features)
+    named = dataclasses.replace(view, name=QUERY + view.name)
+    return Query(named, QueryCamera(view.original_size, camera, tuple(guesses)), features)
 
 
 def predict(
@@ -57,17 +56,9 @@ def predict(
     output: Path | None,
     config: InferConfig,
 ) -> Predictions:
-    """Predictions of the queries with their images, both directions; queries bear their names behind `QUERY`."""
-    renamed = [dataclasses.replace(query.view, name=QUERY + query.name) for query in queries]
-    pairs = [Pair(name, QUERY + query.name) for query in queries for name in neighbors[query.name]]
-    return infer_pairs(network, [*views, *renamed], symmetrize(pairs), output, config)
-
-
-def of_query(predictions: Predictions, query: Query, images: Sequence[str]) -> Predictions:
-    """The predictions of one query, under its own name, on the two sides `Pair(image, query)` and back."""
-    name = query.name
-    there = {Pair(image, name): predictions[Pair(image, QUERY + name)] for image in images}
-    return there | {Pair(name, image): predictions[Pair(QUERY + name, image)] for image in images}
+    """Predictions of the queries' views with those of their images, both directions."""
+    pairs = [Pair(name, query.view.name) for query in queries for name in neighbors[query.name]]
+    return infer_pairs(network, [*views, *(query.view for query in queries)], symmetrize(pairs), output, config)
 
 
 def nearest_images(

@@ -22,6 +22,8 @@ from dust3r_sfm.pairs import Predictions
 from dust3r_sfm.reference import Reference
 from dust3r_sfm.views import View
 
+QUERY = "query://"
+"""Before the names of queries where they meet those of reference images; no path below a folder begins so."""
 MIN_INLIER_SHARE = 0.1
 """Of SIFT matches: chance reaches a few hundredths."""
 GUIDANCE_RADII = 2.0, 6.0
@@ -30,7 +32,7 @@ IMAGES_AT_ONCE = 4
 """Images whose keypoints are matched together."""
 SETTLED = 5
 """No further images are matched where so many times `min_inliers` agree."""
-NETWORK_ERROR_PX = 3.0
+NETWORK_ERROR_PX = 12.0
 """How far matches of pointmaps may lie from a pose that they agree with, in network pixels."""
 
 
@@ -43,9 +45,9 @@ class LocateConfig:
     """SIFT matches agree with a pose that sees their points so near; in photos of 1024 pixels, else in proportion."""
     min_inliers: int = 20
     """SIFT matches that must agree on a pose."""
-    min_dense_inliers: int = 200
+    min_dense_inliers: int = 300
     """Matches of pointmaps that must agree on a pose."""
-    min_dense_share: float = 0.2
+    min_dense_share: float = 0.35
     """And their share of all of them."""
 
 
@@ -54,12 +56,13 @@ class Query:
     """A photo to be localised."""
 
     view: View
+    """Its name stands behind `QUERY`, so that a reference image may be called the same."""
     camera: QueryCamera
     features: Features
 
     @property
     def name(self) -> str:
-        return self.view.name
+        return self.view.name.removeprefix(QUERY)
 
 
 @dataclass(frozen=True, eq=False)

@@ -204,7 +204,11 @@ def _estimate(
         own,
         {"ransac": ransac_options(max_error_px)},
         # COLMAP's tolerance of 1 stops early in scenes of large units
-        {"refine_focal_length": refine_focal, "gradient_tolerance": 1e-3},
+        {
+            "refine_focal_length": refine_focal,
+            "gradient_tolerance": 1e-3,
+            "loss_function_scale": max_error_px / 8,
+        },
     )
     low, high = (ratio * max(camera.width, camera.height) for ratio in FOCAL_BOUNDS)
     if found is None or (refine_focal and not low <= own.mean_focal_length() <= high):
