@@ -106,7 +106,7 @@ def _align_component(
 ) -> list[Scene]:
     """The scene of a component; several where its pairs hold together by contradictions alone."""
     cameras = cameras_of_views(views)
-    problem, state, frame = _start(observations, cameras)
+    problem, state, frame = start_component(observations, cameras)
     problem, state = with_settled_depth(problem, state)
     problem, state, evaluation = minimize_robustly(problem, state, config.max_iters, config.min_improvement)
     finite = all(x.isfinite().all() for x in (state.world_from_cam, state.focal, state.depth, state.world_from_pair))
@@ -117,7 +117,7 @@ def _align_component(
         )
     K = cameras.base_K.clone()
     K[:, :2, :2] *= state.focal.cpu()[:, None, None]
-    depth, confidence = _fuse_depths(views, predictions, observations, problem, state, evaluation, K)
+    depth, confidence = fuse_depths(views, predictions, observations, problem, state, evaluation, K)
     state = state.to("cpu")
     verdict = judge(observations, evaluation.distances, cameras.is_pose_known)
     scenes = []
@@ -142,7 +142,7 @@ def _align_component(
     return scenes
 
 
-def _start(observations: Observations, cameras: Cameras) -> tuple[Problem, State, KnownFrame]:
+def start_component(observations: Observations, cameras: Cameras) -> tuple[Problem, State, KnownFrame]:
     """The problem and its start, in a world of unit size whose origin is the reference camera."""
     rays = _sampled_rays(observations, cameras)
     start, device = start_pairs(observations).cpu(), observations.points.device
@@ -186,7 +186,7 @@ def _most_paired_image(observations: Observations) -> int:
     return int(counts.argmax())
 
 
-def _fuse_depths(
+def fuse_depths(
     views: Sequence[View],
     predictions: Predictions,
     observations: Observations,

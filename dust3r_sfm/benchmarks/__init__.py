@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 BENCHMARKS = {
+    "alignment": "Global alignment, against descent on the published objective.",
+    "report": "The pages of a run over many photos: time and size.",
     "retrieval": "Nearest neighbours among random descriptors: exact, and by the compressed index.",
     "training": "Where a training step's time goes on a CUDA device.",
 }

@@ -1,0 +1,304 @@
+"""Benchmark: global alignment of synthetic predictions, against descent on the published objective from the same start.
+
+Cameras on an arc look into a room of six walls and a pillar; every directed pair has a scale of its own, noise of 1 cm
+and confidences of 1 to 11. Printed are the times of the start and of the optimisation, the peak of memory, and the
+final value of the published objective (DUSt3R, eq. 5: sums over pairs and sides of log(confidence) times the distance
+between an image's pixel and a pair's, over their number; the geometric mean of the pairs' scales is 0.5), with that of
+Adam from the same start. On 16 images of 512x384 the authors' code takes 11.7 s and 10.9 GB of one H200.
+
+What bounds it there: the predictions of 240 pairs in half precision are 0.75 GB, 0.2 ms to read once, which happens
+twice, for the sparse samples and for the depths of all pixels. Between them some thirty steps work on 1,500 pixels an
+image, in cache, so that starting kernels is what costs: about 60 a step and 30 an iteration of conjugate gradients, a
+few microseconds each; the host waits for the device twice a step and every eighth iteration.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Sequence
+from itertools import permutations
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dust3r_sfm.alignment.align import AlignConfig, fuse_depths, start_component
+from dust3r_sfm.alignment.cameras import cameras_of_views
+from dust3r_sfm.alignment.objective import Evaluation, Problem, State, evaluate, pair_scales
+from dust3r_sfm.alignment.observations import Observations, sample_pairs, stack_samples
+from dust3r_sfm.alignment.optimization import minimize_robustly, with_settled_depth
+from dust3r_sfm.geometry.camera import pixel_grid
+from dust3r_sfm.geometry.metrics import all_pairs_errors_deg
+from dust3r_sfm.geometry.transforms import inverse, quaternion_from_rotation, rotation_from_quaternion, transform_points
+from dust3r_sfm.infer_pairs import InferConfig, pick_device
+from dust3r_sfm.pairs import Pair, PairPrediction
+from dust3r_sfm.views import View
+
+logger = logging.getLogger(__name__)
+
+ROOM = (4.0, 1.6, 4.0)
+"""Half sizes in metres."""
+PILLAR = (0.3, 0.8, 0.2, 0.7)
+"""Radius and the x, y, z of the centre of a sphere in it."""
+NOISE_M = 0.01
+BASE_SCALE = 0.5
+"""Geometric mean of the pairs' scales in the published objective."""
+FOCAL_BREAK = 20.0
+
+
+class AlignmentFigures(NamedTuple):
+    device: str
+    start_s: float
+    optimize_s: float
+    depth_s: float
+    peak_gb: float
+    """Of device memory beyond the predictions, or of this process where there is no device."""
+    objective: float
+    """The published one, in the end."""
+    reference_objective: float | None
+    reference_s: float | None
+    rotation_deg: float
+    """The largest error of a relative rotation."""
+
+
+def main(
+    num_images: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    reference_iters: int = 300,
+    config: AlignConfig = AlignConfig(),  # noqa: B008  frozen
+) -> AlignmentFigures:
+    """Align synthetic predictions of all directed pairs and print times, memory and the final objective.
+
+    Args:
+        num_images: 16 on a CUDA device, 10 elsewhere, where not given.
+        height: Of a prediction: 384 on a CUDA device, 224 elsewhere.
+        width: 512 and 224.
+        reference_iters: Steps of Adam on the published objective from the same start; 0 leaves it out.
+        config: How the alignment is sought.
+    """
+    device = pick_device(InferConfig())
+    device = device if device.type == "cuda" else torch.device("cpu")
+    usual = (16, 384, 512) if device.type == "cuda" else (10, 224, 224)
+    n, h, w = (given or default for given, default in zip((num_images, height, width), usual, strict=True))
+    views, predictions, truth = synthetic_predictions(n, (h, w), device)
+    if device.type == "cuda":  # loads the kernels; the figures are of the second time
+        _align(views, predictions, config)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    aligned = _align(views, predictions, config)
+    peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else _peak_of_process()
+    objective = Published(views, predictions, aligned.observations)
+    figures = AlignmentFigures(
+        str(device),
+        *aligned.seconds,
+        peak / 1e9,
+        objective.value(aligned.problem, aligned.state, aligned.evaluation),
+        None,
+        None,
+        float(all_pairs_errors_deg(inverse(aligned.state.world_from_cam).cpu(), truth)[0].max()),
+    )
+    if reference_iters > 0:
+        start = time.perf_counter()
+        value = objective.descend(aligned.start_problem, aligned.start, reference_iters)
+        figures = figures._replace(reference_objective=value, reference_s=time.perf_counter() - start)
+    _report(figures, n, (h, w), reference_iters)
+    return figures
+
+
+class _Aligned(NamedTuple):
+    observations: Observations
+    start_problem: Problem
+    start: State
+    problem: Problem
+    state: State
+    evaluation: Evaluation
+    seconds: tuple[float, float, float]
+    """Of the start, with the sampling; of the optimisation; of the depths of all pixels."""
+
+
+def _align(views: Sequence[View], predictions: dict[Pair, PairPrediction], config: AlignConfig) -> _Aligned:
+    times = [_now()]
+    observations = stack_samples(views, sample_pairs(views, predictions, config.max_samples), config.max_samples)
+    start_problem, start, _ = start_component(observations, cameras_of_views(views))
+    times.append(_now())
+    problem, state = with_settled_depth(start_problem, start)
+    problem, state, evaluation = minimize_robustly(problem, state, config.max_iters, config.min_improvement)
+    times.append(_now())
+    fuse_depths(views, predictions, observations, problem, state, evaluation, _intrinsics(views, state))
+    times.append(_now())
+    seconds = tuple(after - before for before, after in zip(times[:-1], times[1:], strict=True))
+    return _Aligned(observations, start_problem, start, problem, state, evaluation, seconds)
+
+
+def synthetic_predictions(
+    n: int, size: tuple[int, int], device: torch.device, dtype: torch.dtype = torch.float16, seed: int = 0
+) -> tuple[list[View], dict[Pair, PairPrediction], Float[Tensor, "n 4 4"]]:
+    """Views without content, what a network that errs by 1 cm says of all pairs, and the true cam_from_world."""
+    generator = torch.Generator(device).manual_seed(seed)
+    cam_from_world = _cameras(n).to(device)
+    points = [_cast(pose, size) for pose in cam_from_world]
+    scales = (torch.rand(n * (n - 1), generator=generator, device=device) * 2 - 1).exp()
+    blank, identity = torch.zeros(*size, 3, dtype=torch.uint8), torch.eye(3, dtype=torch.float64)
+    views = [View(name=f"{i:04d}.jpg", image=blank, original_size=size[::-1], net_from_img=identity) for i in range(n)]
+
+    def seen(i: int, j: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+        in_cam = transform_points(cam_from_world[i], points[j].flatten(0, 1)).view(*size, 3).float()
+        noise = NOISE_M * torch.randn(*size, 3, generator=generator, device=device)
+        confidence = 1 + 10 * torch.rand(size, generator=generator, device=device)
+        return (scale * (in_cam + noise)).to(dtype), confidence.to(dtype)
+
+    predictions = {
+        Pair(views[i].name, views[j].name): PairPrediction(*seen(i, i, scale), *seen(i, j, scale))
+        for (i, j), scale in zip(permutations(range(n), 2), scales, strict=True)
+    }
+    return views, predictions, cam_from_world.cpu()
+
+
+def _cameras(n: int) -> Float[Tensor, "n 4 4"]:
+    """On an arc of 120 degrees and 3 m radius, at varying heights, that look at the room's middle."""
+    angles = torch.linspace(-1.05, 1.05, n, dtype=torch.float64)
+    centers = torch.stack([3 * angles.sin(), 0.5 * (3 * angles).sin(), -3 * angles.cos()], dim=-1)
+    forward = torch.nn.functional.normalize(-centers, dim=-1)
+    down = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64).expand(n, 3)
+    right = torch.nn.functional.normalize(torch.linalg.cross(down, forward), dim=-1)
+    rotation = torch.stack([right, torch.linalg.cross(forward, right), forward], dim=1)
+    poses = torch.eye(4, dtype=torch.float64).repeat(n, 1, 1)
+    poses[:, :3, :3], poses[:, :3, 3] = rotation, -(rotation @ centers[..., None])[..., 0]
+    return poses
+
+
+def _cast(cam_from_world: Float[Tensor, "4 4"], size: tuple[int, int]) -> Float[Tensor, "h w 3"]:
+    """Points in the world that a camera of focal 0.9 sees at its pixels' centres."""
+    device = cam_from_world.device
+    grid = pixel_grid(*size, device=device, dtype=torch.float64) - torch.tensor(size[::-1], device=device) / 2
+    rays = torch.cat([grid / (0.9 * max(size)), torch.ones(*size, 1, device=device)], dim=-1) @ cam_from_world[:3, :3]
+    center = -cam_from_world[:3, :3].T @ cam_from_world[:3, 3]
+    walls = torch.tensor(ROOM, device=device, dtype=torch.float64) * rays.sign()
+    depth = ((walls - center) / rays).amin(dim=-1)
+    radius, offset = PILLAR[0], center - torch.tensor(PILLAR[1:], device=device, dtype=torch.float64)
+    a, b = rays.square().sum(dim=-1), rays @ offset
+    root = b.square() - a * (offset.square().sum() - radius**2)
+    hit = torch.where(root > 0, (-b - root.clamp(min=0).sqrt()) / a, torch.inf)
+    return center + torch.minimum(depth, torch.where(hit > 0, hit, torch.inf))[..., None] * rays
+
+
+class Published:
+    """The published objective over all pixels, of our states and under Adam."""
+
+    def __init__(
+        self, views: Sequence[View], predictions: dict[Pair, PairPrediction], observations: Observations
+    ) -> None:
+        self.views, self.predictions, self.observations = views, predictions, observations
+        height, width = views[0].size
+        grid = pixel_grid(height, width, device=observations.points.device)
+        self.pixels = (grid - torch.tensor([width / 2, height / 2], device=grid.device)).flatten(0, 1)
+        self.images = observations.images.tolist()
+
+    def value(self, problem: Problem, state: State, evaluation: Evaluation) -> float:
+        with torch.no_grad():
+            return float(self._loss(self._parameters(problem, state, evaluation)))
+
+    def descend(self, problem: Problem, start: State, num_iters: int) -> float:
+        """The value after steps of Adam with the published rate (0.01, falling to 1e-6 along a cosine)."""
+        parameters = self._parameters(problem, start, evaluate(problem, start))
+        parameters = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+        adam = torch.optim.Adam(list(parameters.values()), lr=0.01, betas=(0.9, 0.9))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, num_iters, eta_min=1e-6)
+        for _ in range(num_iters):
+            adam.zero_grad()
+            self._loss(parameters, backward=True)
+            adam.step()
+            schedule.step()
+        with torch.no_grad():
+            return float(self._loss(parameters))
+
+    def _parameters(self, problem: Problem, state: State, evaluation: Evaluation) -> dict[str, Tensor]:
+        """As published: quaternions, logarithms of focals, depths, scales, and of signed translations."""
+        K = _intrinsics(self.views, state)
+        depths, _ = fuse_depths(self.views, self.predictions, self.observations, problem, state, evaluation, K)
+        from_raw = state.world_from_pair.clone()
+        from_raw[:, :3, :3] /= self.observations.units[:, None, None]
+        scale = pair_scales(from_raw)
+        unit = BASE_SCALE / scale.log().mean().exp()  # the world's, in which the pairs' scales are as asked for
+        rotations = [state.world_from_cam[:, :3, :3], from_raw[:, :3, :3] / scale[:, None, None]]
+        centers = unit * state.world_from_cam[:, :3, 3]
+        shifts = from_raw[:, :3, 3] / scale[:, None]
+        return {
+            "cam_quaternion": quaternion_from_rotation(rotations[0]).float(),
+            "cam_translation": _signed_log1p(centers).float(),
+            "pair_quaternion": quaternion_from_rotation(rotations[1]).float(),
+            "pair_translation": _signed_log1p(shifts).float(),
+            "pair_scale": scale.log().float(),
+            "focal": (FOCAL_BREAK * K[:, 0, 0].log()).float().to(scale.device),
+            "depth": (torch.stack(depths).flatten(1) * float(unit)).clamp(min=1e-6).log(),
+        }
+
+    def _loss(self, p: dict[str, Tensor], backward: bool = False) -> Float[Tensor, ""]:
+        """With `backward` gradients are added up pair by pair, so that one pair's pixels are in memory at a time."""
+        total = p["depth"].new_zeros(())
+        area = len(self.images[0]) * len(self.pixels)
+        for e, pair in enumerate(self.observations.pairs):
+            prediction = self.predictions[pair]
+            sides = (
+                (self.images[0][e], prediction.pointmap0_in_cam0, prediction.confidence0),
+                (self.images[1][e], prediction.pointmap1_in_cam0, prediction.confidence1),
+            )
+            loss = sum(self._side(p, e, *side) for side in sides) / area
+            if backward:
+                loss.backward()
+            total = total + loss.detach()
+        return total
+
+    def _side(self, p: dict[str, Tensor], e: int, n: int, pointmap: Tensor, confidence: Tensor) -> Float[Tensor, ""]:
+        depth, focal = p["depth"][n].exp(), (p["focal"][n] / FOCAL_BREAK).exp()
+        in_cam = torch.cat([depth[:, None] * self.pixels / focal, depth[:, None]], dim=-1)
+        cam = rotation_from_quaternion(torch.nn.functional.normalize(p["cam_quaternion"][n], dim=-1))
+        chi = in_cam @ cam.T + _signed_expm1(p["cam_translation"][n])
+        scale = (p["pair_scale"][e] - p["pair_scale"].mean()).exp() * BASE_SCALE
+        rotation = rotation_from_quaternion(torch.nn.functional.normalize(p["pair_quaternion"][e], dim=-1))
+        target = pointmap.float().flatten(0, 1) @ rotation.T + _signed_expm1(p["pair_translation"][e])
+        distance = (chi - scale * target).square().sum(dim=-1).clamp(min=1e-20).sqrt()
+        return (confidence.float().flatten().log() * distance).sum()
+
+
+def _intrinsics(views: Sequence[View], state: State) -> Float[Tensor, "n 3 3"]:
+    K = cameras_of_views(views).base_K.clone()
+    K[:, :2, :2] *= state.focal.cpu()[:, None, None]
+    return K
+
+
+def _signed_log1p(x: Tensor) -> Tensor:
+    return x.sign() * x.abs().log1p()
+
+
+def _signed_expm1(x: Tensor) -> Tensor:
+    return x.sign() * x.abs().expm1()
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _peak_of_process() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _report(f: AlignmentFigures, n: int, size: tuple[int, int], iters: int) -> None:
+    logger.info(
+        "%d images of %dx%d, %d directed pairs, %s: start %.2f s, optimisation %.2f s, all depths %.2f s; "
+        "%.2f GB at most; rotations within %.3f degrees.",
+        *(n, size[1], size[0], n * (n - 1), f.device, f.start_s, f.optimize_s, f.depth_s, f.peak_gb, f.rotation_deg),
+    )
+    if f.reference_objective is None:
+        logger.info("Published objective: %.6f.", f.objective)
+        return
+    logger.info(
+        "Published objective: %.6f; after %d steps of Adam from the same start, which take %.1f s: %.6f.",
+        *(f.objective, iters, f.reference_s, f.reference_objective),
+    )
