@@ -30,6 +30,46 @@ class PairPrediction:
     confidence1: Float[Tensor, "*batch h1 w1"]
 
 
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """Pixels of two images that see the same point, in network pixels (corner origin), with scores."""
+
+    keypoints0: Float[Tensor, "m 2"]
+    keypoints1: Float[Tensor, "m 2"]
+    scores: Float[Tensor, " m"]
+
+
+@dataclass(frozen=True, eq=False)
+class ReducedPrediction(PairPrediction):
+    """What alignment and matching need of a prediction, in a twentieth of its room.
+
+    The pointmaps and confidences are those of every `strides`-th pixel, from the middle of the first cell on.
+    """
+
+    sizes: tuple[tuple[int, int], tuple[int, int]]
+    """(height, width) of both images."""
+    strides: tuple[int, int]
+    matches: Matches | None
+    """Those of all pixels, both directions of the pair together; None where the reversed pair has them."""
+    depth0: Float[Tensor, "h w"] | None = None
+    """Image 0's depth at every pixel, in its own camera; of some pairs of each image alone."""
+    full_confidence0: Float[Tensor, "h w"] | None = None
+    """Its confidence at every pixel, with `depth0`."""
+
+
+def size_of(prediction: PairPrediction, side: int) -> tuple[int, int]:
+    """(height, width) of one of the two images."""
+    if isinstance(prediction, ReducedPrediction):
+        return prediction.sizes[side]
+    height, width = (prediction.confidence0, prediction.confidence1)[side].shape
+    return height, width
+
+
+def stride_of(prediction: PairPrediction, side: int) -> int:
+    """How many of an image's pixels lie from one of the prediction's to the next."""
+    return prediction.strides[side] if isinstance(prediction, ReducedPrediction) else 1
+
+
 Predictions = Mapping[Pair, PairPrediction]
 """Unbatched predictions by directed pair; in memory, or read from a file one at a time."""
 
@@ -50,12 +90,3 @@ class SomePredictions(Mapping[Pair, PairPrediction]):
 
     def __len__(self) -> int:
         return len(self._pairs)
-
-
-@dataclass(frozen=True, eq=False)
-class Matches:
-    """Pixels of two images that see the same point, in network pixels (corner origin), with scores."""
-
-    keypoints0: Float[Tensor, "m 2"]
-    keypoints1: Float[Tensor, "m 2"]
-    scores: Float[Tensor, " m"]

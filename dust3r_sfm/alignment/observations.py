@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dust3r_sfm.errors import InputError
-from dust3r_sfm.pairs import Pair, PairPrediction, Predictions
+from dust3r_sfm.pairs import Pair, PairPrediction, Predictions, size_of, stride_of
 from dust3r_sfm.views import View
 
 MIN_SAMPLES = 12
@@ -28,25 +28,42 @@ class SparseGrid:
 
     size: tuple[int, int]
     stride: int
+    base: int = 1
+    """Of this many pixels in both directions only the middle one is there; divides the stride."""
 
     @staticmethod
-    def of(size: tuple[int, int], max_samples: int) -> SparseGrid:
-        """The finest grid of at most about `max_samples` pixels."""
-        return SparseGrid(size, min(math.ceil(math.sqrt(size[0] * size[1] / max_samples)), *size))
+    def of(size: tuple[int, int], max_samples: int, base: int = 1) -> SparseGrid:
+        """The finest grid of at most about `max_samples` of the pixels that are there."""
+        stride = min(math.ceil(math.sqrt(size[0] * size[1] / max_samples)), *size)
+        return SparseGrid(size, base * math.ceil(stride / base), base)
+
+    @property
+    def start(self) -> int:
+        """The first row and column."""
+        return self.base // 2 + self.base * self._start_of_those_there
+
+    @property
+    def _start_of_those_there(self) -> int:
+        steps = self.stride // self.base
+        return min(steps // 2, (min(self.size) - self.base // 2 - 1) // self.base)
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, columns = (len(range(self.stride // 2, s, self.stride)) for s in self.size)
+        rows, columns = (len(range(self.start, s, self.stride)) for s in self.size)
         return rows, columns
 
     def to_grid(self, pixel: Float[Tensor, "2"]) -> Float[Tensor, "2"]:
         """A position in the image as one in the image that the samples make when seen as pixels."""
-        return (pixel - (self.stride // 2 + 0.5)) / self.stride + 0.5
+        return (pixel - (self.start + 0.5)) / self.stride + 0.5
 
     def sample(self, image: Tensor) -> Tensor:
         """The grid's pixels of an (h, w, ...) image, as (rows * columns, ...)."""
-        start = self.stride // 2
-        return image[start :: self.stride, start :: self.stride].flatten(0, 1)
+        return image[self.start :: self.stride, self.start :: self.stride].flatten(0, 1)
+
+    def sample_of_those_there(self, values: Tensor) -> Tensor:
+        """The same where the image holds only the pixels that are there."""
+        start, step = self._start_of_those_there, self.stride // self.base
+        return values[start::step, start::step].flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +76,7 @@ class PairSamples:
     """The pair's median distance from camera 0: `points` are divided by it."""
     score: float
     """The product of both images' mean confidences."""
+    grids: tuple[SparseGrid, SparseGrid]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +114,7 @@ def stack_samples(views: Sequence[View], samples: dict[Pair, PairSamples], max_s
     index = {view.name: i for i, view in enumerate(views)}
     pairs = tuple(pair for pair in samples if pair.name0 in index and pair.name1 in index)
     used = [samples[pair] for pair in pairs]
+    grid_of = {name: grid for pair in pairs for name, grid in zip(pair, samples[pair].grids, strict=True)}
     m = max(len(w) for s in used for w in s.weights)
     device = used[0].points[0].device
     points, weights = torch.zeros(2, len(pairs), m, 3, device=device), torch.zeros(2, len(pairs), m, device=device)
@@ -107,7 +126,7 @@ def stack_samples(views: Sequence[View], samples: dict[Pair, PairSamples], max_s
     return Observations(
         names=tuple(view.name for view in views),
         pairs=pairs,
-        grids=tuple(SparseGrid.of(view.size, max_samples) for view in views),
+        grids=tuple(grid_of[view.name] for view in views),
         images=torch.tensor([[index[pair[side]] for pair in pairs] for side in (0, 1)], device=device),
         points=points,
         weights=weights,
@@ -132,16 +151,17 @@ def _sides(prediction: PairPrediction) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _sample_pair(prediction: PairPrediction, views: Sequence[View], max_samples: int, pair: Pair) -> PairSamples | None:
-    points, weights, confidences = [], [], []
+    points, weights, confidences, grids = [], [], [], []
     for side, (view, (pointmap, confidence)) in enumerate(zip(views, _sides(prediction), strict=True)):
-        if tuple(confidence.shape) != view.size:
+        if size_of(prediction, side) != view.size:
             raise InputError(
-                f"the pair {pair.name0} {pair.name1} has {tuple(confidence.shape)} pixels for {view.name}, "
+                f"the pair {pair.name0} {pair.name1} has {size_of(prediction, side)} pixels for {view.name}, "
                 f"whose view has {view.size}: load the views at the size of inference, or infer again"
             )
-        grid = SparseGrid.of(view.size, max_samples)
-        points.append(grid.sample(pointmap).float())
-        confidences.append(grid.sample(confidence).float())
+        grid = SparseGrid.of(view.size, max_samples, stride_of(prediction, side))
+        grids.append(grid)
+        points.append(grid.sample_of_those_there(pointmap).float())
+        confidences.append(grid.sample_of_those_there(confidence).float())
         weight = usable_weights(points[-1], confidences[-1], side)
         weights.append(weight if view.mask is None else weight * grid.sample(view.mask).to(weight.device))
     if min(int((w > 0).sum()) for w in weights) < MIN_SAMPLES:
@@ -151,4 +171,4 @@ def _sample_pair(prediction: PairPrediction, views: Sequence[View], max_samples:
     weights = [w * (p.norm(dim=-1) < MAX_DISTANCE) for p, w in zip(points, weights, strict=True)]
     score = math.prod(float(c[w > 0].mean()) for c, w in zip(confidences, weights, strict=True))
     enough = min(int((w > 0).sum()) for w in weights) >= MIN_SAMPLES and unit > 0 and math.isfinite(unit)
-    return PairSamples(points, weights, unit, score) if enough else None
+    return PairSamples(points, weights, unit, score, (grids[0], grids[1])) if enough else None
