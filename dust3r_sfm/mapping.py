@@ -20,6 +20,7 @@ from dust3r_sfm.alignment.refine import (
     NO_DISTORTION,
     Adjustment,
     CameraModel,
+    FocalPriors,
     RefineConfig,
     Support,
     rebuilt,
@@ -41,8 +42,6 @@ from dust3r_sfm.views import View
 
 logger = logging.getLogger(__name__)
 
-SHARED_SCORE = 0.995
-"""One camera for all photos of a size is taken where the model explains at least this share of what several do."""
 RESECTION_ERROR_PX = 12.0
 MIN_RESECTED = 15
 """Points that have to agree on the pose of an image that saw too few, within so many pixels (COLMAP's own)."""
@@ -60,6 +59,30 @@ RELAXED: dict[str, Any] = {
     },
 }
 """COLMAP's options for a second try where the first one leaves images out."""
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What is known of the cameras of photos, by name."""
+
+    poses: frozenset[str]
+    """Those whose pose is held."""
+    intrinsics: frozenset[str]
+    """Those whose intrinsics are held."""
+    focal_priors: FocalPriors
+    groups: Mapping[str, str] | None
+    """Photos of one group share a camera; None where that is to be found out."""
+
+
+def known_of(views: Sequence[View]) -> Known:
+    groups = {view.name: view.camera_group for view in views if view.camera_group is not None}
+    held = frozenset(view.name for view in views if view.known_K is not None and not view.focal_sigma)
+    return Known(
+        poses=frozenset(view.name for view in views if view.known_cam_from_world is not None),
+        intrinsics=held,
+        focal_priors={v.name: (float(v.known_K.diagonal()[:2].mean()), v.focal_sigma) for v in views if v.focal_sigma},
+        groups={name: group for name, group in groups.items() if name not in held} if groups else None,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,14 +135,14 @@ def map_incrementally(views: Sequence[View], sparse: SparseMatches, work: Path, 
     names = [view.name for view in views if view.name in guesses]
     if len(names) < 2 or not sparse.geometries:
         return []
-    known = {view.name for view in views if view.known_K is not None}
+    known = known_of(views)
     database = work / "mapping.db"
     write_database(database, names, [guesses[name] for name in names], sparse)
-    held = [i for i, name in enumerate(names, start=1) if name in known]
+    held = [i for i, name in enumerate(names, start=1) if name in known.intrinsics]
     best: list[Model] = []
     for options in ({}, RELAXED):
         models = _map(database, work / "models", held, {"min_model_size": 3} | options)
-        models = [_polished(model, known, database, work, config) for model in models]
+        models = [_polished(model, known, config) for model in models]
         models.sort(key=lambda m: (m.support.images, m.support.score), reverse=True)
         if models and (not best or models[0].support.explains_more_than(best[0].support)):
             best = models
@@ -140,9 +163,7 @@ def _map(
     return [pycolmap.Reconstruction(folder) for folder in folders]
 
 
-def _polished(
-    reconstruction: pycolmap.Reconstruction, known: Collection[str], database: Path, work: Path, config: RefineConfig
-) -> Model:
+def _polished(reconstruction: pycolmap.Reconstruction, known: Known, config: RefineConfig) -> Model:
     """A mapped model with one camera for all photos of a size, where that explains about as much."""
     own = support(reconstruction, config)
     shared = share_cameras(reconstruction, own, known, config)
@@ -152,21 +173,22 @@ def _polished(
 
 
 def share_cameras(
-    reconstruction: pycolmap.Reconstruction,
-    own: Support,
-    known: Collection[str],
-    config: RefineConfig,
-    constant_poses: Collection[str] = (),
+    reconstruction: pycolmap.Reconstruction, own: Support, known: Known, config: RefineConfig
 ) -> Adjustment | None:
-    """The model adjusted with one camera for all photos of a size; None where several explain clearly more."""
-    if known:
+    """The model adjusted with one camera for all photos of a size; None where several explain clearly more.
+
+    Where it is known which photos share a camera, they do.
+    """
+    if known.groups is None and known.intrinsics:
         return None
-    shared = with_shared_cameras(reconstruction)
+    shared = with_shared_cameras(reconstruction, known.groups)
     if shared is None:
         return None
     once = dataclasses.replace(config, num_rounds=1)  # it starts close to its end
-    adjusted = refine(shared, once, constant_poses)
-    enough = adjusted.after.images >= own.images and adjusted.after.score >= SHARED_SCORE * own.score
+    adjusted = _refined(shared, once, known)
+    if known.groups is not None:
+        return adjusted
+    enough = adjusted.after.images >= own.images and adjusted.after.score >= config.shared_score * own.score
     return adjusted if enough and not adjusted.kept_input else None
 
 
@@ -184,11 +206,9 @@ def map_from_alignment(
     too few of them lean on the scene's dense tracks, which take part as they are. The last and
     longest round is left out where the poses still explain far less than a `rival` of as many images.
     """
-    view_of = {view.name: view for view in views}
-    known = {name for name in scene.names if view_of[name].known_K is not None}
-    posed = {name for name in scene.names if view_of[name].known_cam_from_world is not None}
+    known = known_of(views)
     bare = colmap_from_scene(Scene(**{**vars(scene), "tracks": None}))
-    with_distortion(bare, set(scene.names) - known, config.camera_model)
+    with_distortion(bare, set(scene.names) - known.intrinsics, config.camera_model)
     triangulated = triangulate(bare, scene.names, sparse, work, ROUND_FACTORS[-1])
     before = support(triangulated, config)
     current = triangulate(bare, scene.names, sparse, work, ROUND_FACTORS[0])
@@ -203,28 +223,25 @@ def map_from_alignment(
             min_angle_deg=config.min_angle_deg if factor == 1 else 0.5,
             num_rounds=2,
         )
-        adjusted = _refine_and_share(full, round_config, posed, known)
-        placed = resected(adjusted.reconstruction, sparse, posed)
+        adjusted = _refine_and_share(full, round_config, known)
+        placed = resected(adjusted.reconstruction, sparse, known.poses)
         current = triangulate(placed, scene.names, sparse, work, factor)
     after = support(current, config)
     if rival is not None and after.images <= rival.images and after.score < HOPELESS * rival.score:
         return Model("alignment", current, after), before
-    final = _refine_and_share(current, config, posed, known)
+    final = _refine_and_share(current, config, known)
     after = support(final.reconstruction, config)
     if before.explains_more_than(after):
         return Model("alignment", triangulated, before), before
     return Model("alignment", final.reconstruction, after), before
 
 
-def with_settled_lenses(
-    model: Model, known: Collection[str], posed: Collection[str], config: RefineConfig
-) -> pycolmap.Reconstruction:
+def with_settled_lenses(model: Model, known: Known, config: RefineConfig) -> pycolmap.Reconstruction:
     """The model without the distortions that were found to be none, adjusted to their absence."""
     settled = pycolmap.Reconstruction(model.reconstruction)
-    names = model.names - set(known)
-    if not without_needless_distortion(settled, names):
+    if not without_needless_distortion(settled, model.names - known.intrinsics):
         return model.reconstruction
-    return refine(settled, dataclasses.replace(config, num_rounds=1), posed, known).reconstruction
+    return _refined(settled, dataclasses.replace(config, num_rounds=1), known).reconstruction
 
 
 def resected(
@@ -262,13 +279,15 @@ def _pose_of(
     return absolute_pose(*map(torch.from_numpy, (points[usable], straight[usable], K)), RESECTION_ERROR_PX)
 
 
-def _refine_and_share(
-    reconstruction: pycolmap.Reconstruction, config: RefineConfig, posed: Collection[str], known: Collection[str]
-) -> Adjustment:
-    adjusted = refine(reconstruction, config, posed, known)
-    if adjusted.kept_input:
+def _refine_and_share(reconstruction: pycolmap.Reconstruction, config: RefineConfig, known: Known) -> Adjustment:
+    adjusted = _refined(reconstruction, config, known)
+    if adjusted.kept_input and known.groups is None:
         return adjusted
-    return share_cameras(adjusted.reconstruction, adjusted.after, known, config, posed) or adjusted
+    return share_cameras(adjusted.reconstruction, adjusted.after, known, config) or adjusted
+
+
+def _refined(reconstruction: pycolmap.Reconstruction, config: RefineConfig, known: Known) -> Adjustment:
+    return refine(reconstruction, config, known.poses, known.intrinsics, known.focal_priors)
 
 
 def triangulate(

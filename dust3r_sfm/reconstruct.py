@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,6 +35,7 @@ from dust3r_sfm.match_dense import MatchConfig, match_dense
 from dust3r_sfm.models.dust3r import Dust3r
 from dust3r_sfm.pairs import Matches, Pair, Predictions, SomePredictions
 from dust3r_sfm.pairs_from_retrieval import pairs_from_retrieval
+from dust3r_sfm.priors import PriorConfig, in_known_frame, with_known_depths, with_priors
 from dust3r_sfm.refine_scene import photo_features, refine_photos
 from dust3r_sfm.report import write_reports
 from dust3r_sfm.scene import Scene
@@ -44,6 +45,8 @@ from dust3r_sfm.views import View, list_images, load_views, read_views
 
 logger = logging.getLogger(__name__)
 
+VIDEO_SHARED_SCORE = 0.9
+"""The frames of a video are one camera's, though it may refocus."""
 MAX_EXHAUSTIVE = 40
 """Up to so many images every one is paired with every other, unless told otherwise."""
 
@@ -60,6 +63,7 @@ class ReconstructConfig:
     bundle: RefineConfig = RefineConfig()
     export: Annotated[ExportConfig, tyro.conf.arg(name="")] = ExportConfig()
     frames: Annotated[FrameConfig, tyro.conf.arg(name="")] = FrameConfig()
+    priors: Annotated[PriorConfig, tyro.conf.arg(name="")] = PriorConfig()
 
 
 def main(
@@ -73,6 +77,7 @@ def main(
     pairs_file: Path | None = None,
     cameras: Path | None = None,
     masks: Path | None = None,
+    depths: Path | None = None,
     features: Path | None = None,
     matches: Path | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
@@ -95,6 +100,8 @@ def main(
         pairs_file: Text file with two image names a line, as hloc writes it, in place of the pairs above.
         cameras: Known intrinsics and poses of some or all photos: a cameras.json or the folder of a COLMAP model.
         masks: Folder with <image name>.png for some or all photos, black where a photo may not be used.
+        depths: Known depths of some or all photos, which make the result metric: a folder with <image name>.npy in
+            metres or .png in millimetres, or a cameras.json.
         features: Keypoints in SIFT's place: a feature file of hloc.
         matches: The match file of hloc that goes with the features.
         on_bad_image: Stop at photos that cannot be used, or leave them out.
@@ -111,11 +118,16 @@ def main(
     with holding(output):
         if video is not None:
             image_dir, pairs = output / "frames", "video" if pairs == "auto" else pairs
+            bundle = replace(config.bundle, shared_score=min(config.bundle.shared_score, VIDEO_SHARED_SCORE))
+            config = replace(config, bundle=bundle)
             with summary.timed("extract_frames"):
                 extract_frames(video, image_dir, config.frames)
         network, views = _load(image_dir, model, cameras, on_bad_image, summary)
         if masks is not None:
             views = read_masks(masks, views)
+        views, summary.origin = with_priors(views, image_dir, config.priors, cameras)
+        if depths is not None:
+            views = with_known_depths(views, depths)
         summary.views, summary.image_dir = views, image_dir
         if text:
             check_text_names(summary.names)
@@ -130,7 +142,10 @@ def main(
                 if refine == "none":
                     raise
                 scenes, dense, failure = [], {}, error
-            if refine == "ba":
+            if refine == "none":
+                scenes, frames = in_known_frame(scenes, views)
+                summary.refinement = {"frames": frames}
+            else:
                 scenes = _refine(image_dir, views, scenes, dense, directed, output, config, summary, given)
             if failure is not None:
                 summary.refinement = {**summary.refinement, "alignment": str(failure)}

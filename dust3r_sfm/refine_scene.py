@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dust3r_sfm.alignment.anchoring import anchored, positions_of
 from dust3r_sfm.alignment.attach import attached, in_frame_of
 from dust3r_sfm.alignment.refine import RefineConfig, Support, refine, support
 from dust3r_sfm.alignment.tracks import TrackConfig, build_tracks
@@ -40,6 +41,7 @@ from dust3r_sfm.formats.scenes import read_scenes, write_scenes
 from dust3r_sfm.formats.sparse_database import SparseMatches
 from dust3r_sfm.mapping import (
     Model,
+    known_of,
     map_from_alignment,
     map_incrementally,
     select_tracks,
@@ -47,6 +49,7 @@ from dust3r_sfm.mapping import (
     with_settled_lenses,
 )
 from dust3r_sfm.pairs import Matches, Pair
+from dust3r_sfm.priors import in_known_frame
 from dust3r_sfm.scene import Scene, Tracks
 from dust3r_sfm.sparse_features import check_both, extract_sift, guide, import_features, known_cameras, within_masks
 from dust3r_sfm.views import View
@@ -199,10 +202,12 @@ def refine_scenes(
         candidates += mapped
     chosen = choose(candidates)
     chosen = [_settled(model, views, config) for model in chosen]
+    chosen = [_anchored(model, views, config) for model in chosen]
     refined = [_refined_scene(model, views, scenes, depth_maps, matches, tracks) for model in chosen]
     covered = {name for scene in refined for name in scene.names}
     refined += [_densely_refined(s, views, depth_maps, config) for s in scenes if not covered & set(s.names)]
     refined.sort(key=lambda scene: len(scene.names), reverse=True)
+    refined, figures["frames"] = in_known_frame(refined, views)
     figures["chosen"] = [{"origin": m.origin, "after": _figures(m.support)} for m in chosen]
     return Refinement(refined, figures)
 
@@ -234,10 +239,16 @@ def closing_line(refinement: Refinement) -> str:
 
 
 def _settled(model: Model, views: Sequence[View], config: RefineConfig) -> Model:
-    known = {view.name for view in views if view.known_K is not None}
-    posed = {view.name for view in views if view.known_cam_from_world is not None}
-    settled = with_settled_lenses(model, known, posed, config)
+    settled = with_settled_lenses(model, known_of(views), config)
     return Model(model.origin, settled, support(settled, config))
+
+
+def _anchored(model: Model, views: Sequence[View], config: RefineConfig) -> Model:
+    positions = positions_of(views)
+    if not positions or any(view.known_cam_from_world is not None for view in views):
+        return model
+    found = anchored(model.reconstruction, positions, config, known_of(views).intrinsics)
+    return Model(model.origin, found, support(found, config))
 
 
 def _refined_scene(
@@ -263,13 +274,11 @@ def _densely_refined(scene: Scene, views: Sequence[View], depth_maps: DepthMaps,
     """A scene that no sparse match verifies, adjusted on its dense tracks."""
     if scene.tracks is None or len(scene.tracks.errors) == 0:
         return scene
-    view_of = {view.name: view for view in views}
-    known = {name for name in scene.names if view_of[name].known_K is not None}
-    posed = {name for name in scene.names if view_of[name].known_cam_from_world is not None}
+    view_of, known = {view.name: view for view in views}, known_of(views)
     # Keypoints of the network's grid are as precise as its pixels are fine.
     error_px = max(config.max_error_px, config.max_error_px * stored_per_net(scene) / 2)
     wider = dataclasses.replace(config, max_error_px=error_px)
-    adjusted = refine(colmap_from_scene(scene), wider, posed, known)
+    adjusted = refine(colmap_from_scene(scene), wider, known.poses, known.intrinsics, known.focal_priors)
     if adjusted.kept_input:
         return scene
     return scene_from_colmap(adjusted.reconstruction, [view_of[name] for name in scene.names], depth_maps)
@@ -312,7 +321,9 @@ def _scene_key(scene: Scene) -> str:
 
 def _known_key(view: View) -> str:
     pose = view.known_cam_from_world
-    return _known_camera_key(view) + repr(pose if pose is None else pose.tolist())
+    known = (pose, view.known_position, view.position_sigma, view.known_depth)
+    values = [b"" if x is None else x.numpy().tobytes() for x in known]
+    return hash_of(_known_camera_key(view), *values, repr([view.focal_sigma, view.camera_group]))
 
 
 def _known_camera_key(view: View) -> str:

@@ -15,8 +15,10 @@ from typing import Any
 
 from dust3r_sfm.files import write_bytes
 from dust3r_sfm.filter_pairs import PairDecision
+from dust3r_sfm.formats.exif import GpsFix
 from dust3r_sfm.models.dust3r import Dust3r
 from dust3r_sfm.pairs import Matches, Pair
+from dust3r_sfm.priors import origin_line
 from dust3r_sfm.scene import Scene, Tracks
 from dust3r_sfm.views import View
 
@@ -41,6 +43,8 @@ class Summary:
     scenes: Sequence[Scene] = ()
     refinement: Mapping[str, Any] = field(default_factory=dict)
     """The models that were compared, and what each explains."""
+    origin: GpsFix | None = None
+    """Of positions from GPS."""
     timings_s: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -90,6 +94,7 @@ class Summary:
             "image_dir": self.image_dir and str(self.image_dir.resolve()),
             "models": [_model_figures(scene, i) for i, scene in enumerate(self.scenes)],
             "refinement": self.refinement,
+            "origin": self.origin and origin_line(self.origin),
             "network": self.model and {"name": self.model.name, "licence": self.model.licence},
             "timings_s": {stage: round(seconds, 3) for stage, seconds in self.timings_s.items()},
             "versions": versions(),

@@ -33,6 +33,7 @@ from dust3r_sfm.geometry.lens import (
     straightening_zoom,
     zoomed_from_straight,
 )
+from dust3r_sfm.geometry.transforms import camera_center
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".heic", ".heif")
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP")
@@ -78,6 +79,16 @@ class View:
     """Known pose of the camera of the stored file, OpenCV axes."""
     lens: Lens | None = None
     """The known distortion of the stored file, which comes with a known K."""
+    focal_sigma: float = 0.0
+    """Relative standard deviation of the known K's focal lengths; 0 where they are held."""
+    known_position: Float[Tensor, "3"] | None = None
+    """Where the camera was measured to stand, in the world's unit, z up."""
+    position_sigma: Float[Tensor, "3"] | None = None
+    """Standard deviation of each coordinate of the position."""
+    known_depth: Float[Tensor, "h w"] | None = None
+    """Known z of the pixels in metres, 0 where it is not known."""
+    camera_group: str | None = None
+    """Photos of one group were taken by one camera; where None that is found out."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -111,6 +122,10 @@ class KnownCamera(NamedTuple):
     """The distortion that goes with K; None for a pinhole."""
     size: tuple[int, int] | None = None
     """(width, height) of the file that K belongs to, where that is known."""
+    focal_sigma: float = 0.0
+    """Relative standard deviation of K's focal lengths; 0 where they are held."""
+    position_sigma: float | None = None
+    """Standard deviation of the pose's position, which is then a prior; None where the pose is held."""
 
 
 KnownCameras = Mapping[str, KnownCamera]
@@ -309,7 +324,11 @@ def _load(data: bytes, name: str, size: int, square_ok: bool, camera: KnownCamer
     if camera.size is not None and camera.K is not None and camera.size != view.original_size:
         sizes = [f"{w} x {h}" for w, h in (view.original_size, camera.size)]
         raise InputError(f"is {sizes[0]} pixels, but its given camera is of {sizes[1]}: give the camera of this file")
-    view = replace(view, known_K=camera.K, known_cam_from_world=camera.cam_from_world)
+    view = replace(view, known_K=camera.K, known_cam_from_world=camera.cam_from_world, focal_sigma=camera.focal_sigma)
+    if camera.position_sigma is not None and camera.cam_from_world is not None:
+        position = camera_center(camera.cam_from_world.double())
+        sigma = torch.full((3,), camera.position_sigma, dtype=torch.float64)
+        view = replace(view, known_cam_from_world=None, known_position=position, position_sigma=sigma)
     if camera.lens is None or camera.K is None:
         return view
     upright_from_img = _upright_from_img(orientation, *view.original_size)

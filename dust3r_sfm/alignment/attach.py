@@ -34,16 +34,25 @@ def in_frame_of(scene: Scene, aligned: Scene) -> Scene:
         weights = 1 / (1 + (gaps / gaps.median().clamp(min=1e-12)).square())
     if not (torch.isfinite(scale) and scale > 1e-9):
         return scene
+    return moved(scene, scale, rotation, translation)
+
+
+def moved(
+    scene: Scene, scale: Float[Tensor, ""], rotation: Float[Tensor, "3 3"], translation: Float[Tensor, "3"]
+) -> Scene:
+    """The scene in another world: target = scale * rotation @ source + translation."""
     poses = scene.cam_from_world.double()
     rotations = poses[:, :3, :3] @ rotation.T
     centers = scale * camera_center(poses) @ rotation.T + translation
-    moved = _poses(rotations, centers)
+    cam_from_world = _poses(rotations, centers)
     tracks = scene.tracks
     if tracks is not None:
         points = scale * tracks.points_in_world.double() @ rotation.T + translation
         tracks = dataclasses.replace(tracks, points_in_world=points.to(tracks.points_in_world))
     depth = tuple((scale * d).to(d) for d in scene.depth)
-    return dataclasses.replace(scene, cam_from_world=moved.to(scene.cam_from_world), depth=depth, tracks=tracks)
+    return dataclasses.replace(
+        scene, cam_from_world=cam_from_world.to(scene.cam_from_world), depth=depth, tracks=tracks
+    )
 
 
 def attached(scene: Scene, aligned: Scene) -> Scene:

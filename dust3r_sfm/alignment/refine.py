@@ -17,6 +17,8 @@ MIN_VERIFIED = 30
 """Points that an image must see for its pose to count as verified; COLMAP asks as much to register one."""
 MAX_FOCAL_RATIO = 2.0
 """A focal that leaves its prior by more, up or down, is set back and held."""
+MAX_FOCAL_SIGMAS = 3.0
+"""So is one that leaves a prior of known standard deviation by more of these."""
 FOCAL_BOUNDS = (0.2, 10.0)
 """Focals over the longer side of the image that any camera may have."""
 WORSE = 0.98
@@ -24,6 +26,8 @@ WORSE = 0.98
 MIN_BEND_PX = 0.5
 """Distortion that moves no pixel of an image further is left out of its model."""
 CameraModel = Literal["SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV"]
+FocalPriors = Mapping[str, tuple[float, float]]
+"""By image name a focal length in pixels of the stored file, and its relative standard deviation."""
 NO_DISTORTION = {"SIMPLE_RADIAL": (0.0,), "RADIAL": (0.0, 0.0), "OPENCV": (0.0, 0.0, 0.0, 0.0)}
 
 
@@ -37,6 +41,8 @@ class RefineConfig:
     """Times that all is adjusted and what does not fit is dropped; earlier rounds tolerate larger errors."""
     max_iters: int = 50
     """Steps of the solver in a round."""
+    shared_score: float = 0.995
+    """Photos of a size share one camera where it explains at least this share of what several do; of a video, 0.9."""
     camera_model: CameraModel = "SIMPLE_RADIAL"
     """The model of cameras whose intrinsics are not known; distortion that moves no pixel by half is left out."""
 
@@ -79,20 +85,23 @@ def refine(
     config: RefineConfig = RefineConfig(),
     constant_poses: Collection[str] = (),
     constant_intrinsics: Collection[str] = (),
+    focal_priors: FocalPriors | None = None,
 ) -> Adjustment:
     """The model after rounds of robust bundle adjustment and of dropping what does not fit, as a copy.
 
-    Poses and intrinsics of the named images are held. The given model is returned where the
+    Poses and intrinsics of the named images are held. Focals whose value and relative standard
+    deviation are given stay within `MAX_FOCAL_SIGMAS` of them. The given model is returned where the
     solver fails, a camera leaves all bounds, or fewer images or pixels are explained afterwards.
     """
     before = support(reconstruction, config)
     candidate = pycolmap.Reconstruction(reconstruction)
     names = {image.name for image in candidate.images.values()}
+    limits = _focal_limits(candidate, focal_priors or {})
     fault = ""
     if len(names) < 2 or candidate.num_points3D() < MIN_VERIFIED:
         fault = f"there are {len(names)} images and {candidate.num_points3D()} points: too few to adjust"
     for factor in () if fault else [4.0 ** (i / 2) for i in range(config.num_rounds)][::-1]:
-        fault = fault or _adjust(candidate, config, factor, set(constant_poses), set(constant_intrinsics))
+        fault = fault or _adjust(candidate, config, factor, set(constant_poses), set(constant_intrinsics), limits)
         if not fault:
             _drop_outliers(candidate, config.max_error_px * factor, config.min_angle_deg if factor == 1 else 0.1)
     after = support(candidate, config)
@@ -143,16 +152,23 @@ def observation_errors(reconstruction: pycolmap.Reconstruction) -> tuple[np.ndar
     return np.concatenate(errors), np.concatenate(image_ids), np.concatenate(point_ids)
 
 
-def with_shared_cameras(reconstruction: pycolmap.Reconstruction) -> pycolmap.Reconstruction | None:
-    """The same model where images of one size share one camera of median intrinsics; None where none can."""
+def with_shared_cameras(
+    reconstruction: pycolmap.Reconstruction, group_of: Mapping[str, str] | None = None
+) -> pycolmap.Reconstruction | None:
+    """The same model where images of one size, and of one group where these are given by name, share one camera.
+
+    It has their median intrinsics. None where no images can share one that do not yet.
+    """
     groups: dict[tuple[object, ...], list[int]] = {}
     for image_id in sorted(reconstruction.reg_image_ids()):
         camera = reconstruction.camera(reconstruction.image(image_id).camera_id)
-        groups.setdefault((camera.width, camera.height, camera.model), []).append(image_id)
+        name = reconstruction.image(image_id).name
+        group = "" if group_of is None else group_of.get(name, name)
+        groups.setdefault((camera.width, camera.height, camera.model, group), []).append(image_id)
     if all(len({reconstruction.image(i).camera_id for i in group}) == 1 for group in groups.values()):
         return None
     cameras, camera_of = [], {}
-    for camera_id, ((width, height, model), group) in enumerate(groups.items(), start=1):
+    for camera_id, ((width, height, model, _), group) in enumerate(groups.items(), start=1):
         params = np.median([reconstruction.camera(reconstruction.image(i).camera_id).params for i in group], axis=0)
         cameras.append(
             pycolmap.Camera(camera_id=camera_id, model=model.name, width=width, height=height, params=params.tolist())
@@ -249,16 +265,30 @@ def thinned(reconstruction: pycolmap.Reconstruction, max_points: int = 300) -> p
     return new
 
 
+def _focal_limits(reconstruction: pycolmap.Reconstruction, priors: FocalPriors) -> dict[int, tuple[float, float]]:
+    """The focals that each camera may have: around its prior, or else around what it has."""
+    focals = {i: camera.mean_focal_length() for i, camera in reconstruction.cameras.items()}
+    limits = {i: (focal / MAX_FOCAL_RATIO, focal * MAX_FOCAL_RATIO) for i, focal in focals.items()}
+    for image in reconstruction.images.values():
+        if image.name in priors:
+            focal, sigma = priors[image.name]
+            margin = focal * MAX_FOCAL_SIGMAS * sigma
+            low, high = limits[image.camera_id]
+            limits[image.camera_id] = max(low, focal - margin), min(high, focal + margin)
+    return limits
+
+
 def _adjust(
-    reconstruction: pycolmap.Reconstruction, config: RefineConfig, factor: float, poses: set[str], intrinsics: set[str]
+    reconstruction: pycolmap.Reconstruction,
+    config: RefineConfig,
+    factor: float,
+    poses: set[str],
+    intrinsics: set[str],
+    limits: Mapping[int, tuple[float, float]],
 ) -> str:
     """One bundle adjustment in place, Cauchy's loss as wide as the round is tolerant; why it failed, or nothing."""
     pycolmap.logging.minloglevel = max(2, pycolmap.logging.minloglevel)  # warnings of single steps that fail
-    options = pycolmap.BundleAdjustmentOptions(print_summary=False)
-    options.ceres.loss_function_type = pycolmap.LossFunctionType.CAUCHY
-    options.ceres.loss_function_scale = factor * config.max_error_px / 4
-    options.ceres.solver_options.max_num_iterations = config.max_iters
-    options.ceres.solver_options.function_tolerance = 1e-6
+    options = solver_options(config, factor)
     priors = {i: camera.mean_focal_length() for i, camera in reconstruction.cameras.items()}
     held = {image.camera_id for image in reconstruction.images.values() if image.name in intrinsics}
     for _ in range(2):
@@ -275,7 +305,8 @@ def _adjust(
         summary = pycolmap.create_default_bundle_adjuster(options, bundle, reconstruction).solve()
         if not summary.is_solution_usable():
             return "the solver found no solution"
-        strayed = {i for i, focal in priors.items() if not _near(reconstruction.camera(i).mean_focal_length(), focal)}
+        focals = {i: reconstruction.camera(i).mean_focal_length() for i in priors}
+        strayed = {i for i, focal in focals.items() if not limits[i][0] <= focal <= limits[i][1]}
         if not strayed - held:
             return ""
         for camera_id in strayed:
@@ -284,8 +315,13 @@ def _adjust(
     return ""
 
 
-def _near(focal: float, prior: float) -> bool:
-    return bool(np.isfinite(focal)) and prior / MAX_FOCAL_RATIO <= focal <= prior * MAX_FOCAL_RATIO
+def solver_options(config: RefineConfig, factor: float = 1.0) -> pycolmap.BundleAdjustmentOptions:
+    options = pycolmap.BundleAdjustmentOptions(print_summary=False)
+    options.ceres.loss_function_type = pycolmap.LossFunctionType.CAUCHY
+    options.ceres.loss_function_scale = factor * config.max_error_px / 4
+    options.ceres.solver_options.max_num_iterations = config.max_iters
+    options.ceres.solver_options.function_tolerance = 1e-6
+    return options
 
 
 def _set_focal(camera: pycolmap.Camera, focal: float) -> None:

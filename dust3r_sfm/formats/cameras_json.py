@@ -1,9 +1,12 @@
 """Reference cameras from a `cameras.json`: a scene folder holds it, `images/` and perhaps depth maps.
 
-Its `frames` give for each image `image` (path relative to the scene folder), `width`, `height`, and where
-known `K` (pixels of the stored file, corner origin), `cam_from_world` (4x4, OpenCV axes),
-`opencv_distortion_k1_k2_p1_p2` or, of any other of COLMAP's camera models, `camera_model` (such as OPENCV_FISHEYE) and
-`distortion` (its coefficients), and `depth` (a 16-bit PNG) with `depth_scale` (its values in one metre).
+Its `frames` give for each image `image` (path relative to the scene folder), `width`, `height`, and where known
+- `K` (pixels of the stored file, corner origin), `focal_sigma` (relative) where it is a prior and not to be held,
+- `opencv_distortion_k1_k2_p1_p2` or, of any of COLMAP's camera models, `camera_model` (such as OPENCV_FISHEYE) and
+  `distortion` (its coefficients),
+- `cam_from_world` (4x4, OpenCV axes), `position_sigma` (in the world's unit) where it is a prior,
+- `gps` (latitude, longitude, altitude in metres),
+- `depth` (a 16-bit PNG) with `depth_scale` (its values in a metre).
 """
 
 from __future__ import annotations
@@ -37,6 +40,12 @@ class ReferenceFrame:
     cam_from_world: Float[Tensor, "4 4"] | None = None
     lens: Lens | None = None
     """None for a pinhole camera."""
+    focal_sigma: float = 0.0
+    """Relative standard deviation of K's focal lengths; 0 where they are exact."""
+    position_sigma: float | None = None
+    """Standard deviation of the pose's position; None where the pose is exact."""
+    gps: tuple[float, float, float | None] | None = None
+    """Latitude and longitude in degrees, altitude in metres."""
     depth_path: Path | None = None
     depth_scale: float = 1.0
 
@@ -101,6 +110,9 @@ def _frame(frame: dict[str, Any], name: str, folder: Path) -> ReferenceFrame:
         K=_matrix(frame.get("K"), 3),
         cam_from_world=_matrix(frame.get("cam_from_world"), 4),
         lens=_lens(frame),
+        focal_sigma=_sigma(frame, "focal_sigma") or 0.0,
+        position_sigma=_sigma(frame, "position_sigma"),
+        gps=_gps(frame.get("gps")),
         depth_path=folder / frame["depth"] if frame.get("depth") else None,
         depth_scale=float(frame.get("depth_scale", 1.0)),
     )
@@ -117,6 +129,24 @@ def _lens(frame: dict[str, Any]) -> Lens | None:
     lens = Lens(model, tuple(float(x) for x in frame["distortion"]))
     camera_with_lens(np.eye(3), (1, 1), lens)  # ValueError where there is no such model or it has other coefficients
     return lens
+
+
+def _sigma(frame: dict[str, Any], key: str) -> float | None:
+    if frame.get(key) is None:
+        return None
+    sigma = float(frame[key])
+    if not 0 < sigma < float("inf"):
+        raise ValueError(f"{key} must be positive, got {sigma}")
+    return sigma
+
+
+def _gps(values: Any) -> tuple[float, float, float | None] | None:
+    if values is None:
+        return None
+    latitude, longitude, *altitude = (None if x is None else float(x) for x in values)
+    if not (abs(latitude) <= 90 and abs(longitude) <= 180) or len(altitude) > 1:
+        raise ValueError(f"gps must be a latitude, a longitude and perhaps an altitude, got {values}")
+    return latitude, longitude, altitude[0] if altitude else None
 
 
 def _matrix(values: Any, size: int) -> Float[Tensor, "n n"] | None:

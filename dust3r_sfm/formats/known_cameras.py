@@ -31,7 +31,8 @@ def _from_json(path: Path) -> dict[str, KnownCamera]:
     known = {}
     for frame in read_cameras_json(path):
         lens = frame.lens and dataclasses.replace(frame.lens, was_known=True)
-        known[frame.name] = KnownCamera(frame.K, frame.cam_from_world, lens, frame.size)
+        sigmas = frame.focal_sigma, frame.position_sigma
+        known[frame.name] = KnownCamera(frame.K, frame.cam_from_world, lens, frame.size, *sigmas)
     return known
 
 

@@ -1,0 +1,108 @@
+"""Models and scenes put where their cameras were measured to stand, and bent only as far as their points agree."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+import pycolmap
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dust3r_sfm.alignment.attach import moved
+from dust3r_sfm.alignment.refine import RefineConfig, solver_options, support
+from dust3r_sfm.geometry.positions import Placement, place_cameras
+from dust3r_sfm.geometry.transforms import camera_center
+from dust3r_sfm.scene import Scene
+from dust3r_sfm.views import View
+
+UNBENT = 0.995
+"""Share of a model's score that must be left when its cameras follow their positions."""
+PRIOR_LOSS_SIGMAS = 3.0
+
+Positions = Mapping[str, tuple[Float[Tensor, "3"], Float[Tensor, "3"]]]
+"""By image name a position, z up, and the standard deviation of each coordinate."""
+
+
+def placed(scene: Scene, positions: Positions) -> tuple[Scene, Placement | None]:
+    """The scene in the frame of its cameras' positions; as it is where they tell none."""
+    placement = _placement(scene.names, scene.cam_from_world.double(), positions)
+    if placement is None:
+        return scene, None
+    scale = torch.tensor(placement.scale, dtype=torch.float64)
+    return moved(scene, scale, placement.rotation, placement.translation), placement
+
+
+def anchored(
+    reconstruction: pycolmap.Reconstruction,
+    positions: Positions,
+    config: RefineConfig,
+    constant_intrinsics: Collection[str] = (),
+) -> pycolmap.Reconstruction:
+    """The model in the frame of its cameras' positions, adjusted to them and its points by their standard deviations.
+
+    It is not adjusted where the points then explain less: noise of positions does not bend a model.
+    As it is where the positions tell no frame.
+    """
+    images = {reconstruction.image(i).name: reconstruction.image(i) for i in sorted(reconstruction.reg_image_ids())}
+    poses = torch.eye(4, dtype=torch.float64).repeat(len(images), 1, 1)
+    poses[:, :3] = torch.from_numpy(np.stack([image.cam_from_world().matrix() for image in images.values()]))
+    placement = _placement(list(images), poses, positions)
+    if placement is None:
+        return reconstruction
+    result = pycolmap.Reconstruction(reconstruction)
+    rotation = pycolmap.Rotation3d(placement.rotation.numpy())
+    result.transform(pycolmap.Sim3d(placement.scale, rotation, placement.translation.numpy()))
+    measured = [name for name in images if name in positions]
+    agreeing = [name for name, agrees in zip(measured, placement.agreeing.tolist(), strict=True) if agrees]
+    adjusted = pycolmap.Reconstruction(result)
+    if not _adjust_to(adjusted, {name: positions[name] for name in agreeing}, config, constant_intrinsics):
+        return result
+    before, after = support(result, config), support(adjusted, config)
+    is_unbent = after.images >= before.images and after.score >= UNBENT * before.score
+    return adjusted if is_unbent else result
+
+
+def positions_of(views: Iterable[View]) -> Positions:
+    """The positions of the views that have one."""
+    known = ((view.name, view.known_position, view.position_sigma) for view in views)
+    return {n: (position, sigma) for n, position, sigma in known if position is not None and sigma is not None}
+
+
+def _placement(names: Sequence[str], cam_from_world: Float[Tensor, "n 4 4"], positions: Positions) -> Placement | None:
+    rows = [i for i, name in enumerate(names) if name in positions]
+    if len(rows) < 3:
+        return None
+    measured, sigmas = (torch.stack([positions[names[i]][k].double() for i in rows]) for k in (0, 1))
+    up = -cam_from_world[:, 1, :3].mean(dim=0)  # y points down
+    return place_cameras(camera_center(cam_from_world[rows]), measured, sigmas, up)
+
+
+def _adjust_to(
+    reconstruction: pycolmap.Reconstruction,
+    positions: Positions,
+    config: RefineConfig,
+    constant_intrinsics: Collection[str],
+) -> bool:
+    """Bundle adjustment in place with the positions as priors; whether it found a solution."""
+    bundle, priors = pycolmap.BundleAdjustmentConfig(), []
+    for image_id in sorted(reconstruction.reg_image_ids()):
+        image = reconstruction.image(image_id)
+        bundle.add_image(image_id)
+        if image.name in constant_intrinsics:
+            bundle.set_constant_cam_intrinsics(image.camera_id)
+        if image.name in positions:
+            position, sigma = (t.double().numpy() for t in positions[image.name])
+            prior = pycolmap.PosePrior(position=position, position_covariance=np.diag(sigma**2))
+            prior.corr_data_id = image.data_id
+            prior.coordinate_system = pycolmap.PosePriorCoordinateSystem.CARTESIAN
+            priors.append(prior)
+    options = pycolmap.PosePriorBundleAdjustmentOptions()
+    options.ceres.prior_position_loss_function_type = pycolmap.LossFunctionType.CAUCHY
+    options.ceres.prior_position_loss_scale = PRIOR_LOSS_SIGMAS
+    options.alignment_ransac.random_seed = 0
+    adjuster = pycolmap.create_pose_prior_bundle_adjuster(
+        solver_options(config), options, bundle, priors, reconstruction
+    )
+    return bool(adjuster.solve().is_solution_usable())
