@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import sys
+import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
 from typing import Any
 
+import pycolmap
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dust3r_sfm.colmap_worker import run_task
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.files import write_bytes
 from dust3r_sfm.formats.cameras_json import read_cameras_json
+from dust3r_sfm.formats.colmap import colmap_from_scene, read_colmap
+from dust3r_sfm.formats.scenes import read_scenes
 from dust3r_sfm.geometry.metrics import accuracy_at, all_pairs_errors_deg, auc
 
 logger = logging.getLogger(__name__)
@@ -48,13 +55,21 @@ class PoseReport:
     median_rotation_deg: float
     median_translation_deg: float
     unregistered: tuple[str, ...]
+    method: str = ""
+    """Of several that were compared: aligned, refined, COLMAP."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: a median that is infinite is None."""
         return {key: value if finite(value) else None for key, value in asdict(self).items()}
 
 
-def main(model: tuple[Path, ...], reference: tuple[Path, ...], json: Path | None = None) -> None:
+def main(
+    model: tuple[Path, ...],
+    reference: tuple[Path, ...],
+    json: Path | None = None,
+    image_dir: tuple[Path, ...] = (),
+    with_colmap: bool = False,
+) -> None:
     """Compare COLMAP models with reference poses and print a table.
 
     Errors are those of the relative poses of all pairs of images with a reference pose. An image
@@ -62,24 +77,77 @@ def main(model: tuple[Path, ...], reference: tuple[Path, ...], json: Path | None
     directions, within t degrees; AUC@t: area under the recall curve of the worse of the two.
 
     Args:
-        model: Folders with a COLMAP model, or with several as 0, 1, ...: the one with the most images counts.
+        model: Folders with a COLMAP model, or with several as 0, 1, ...: the one with the most images counts. Of an
+            output folder of reconstruct the scene before refinement is compared, too.
         reference: For each of them a COLMAP model, a scene folder with a cameras.json, or such a file.
         json: File to write the figures to.
+        image_dir: For each of them the folder of its photos, where these are some of the reference's alone.
+        with_colmap: Let COLMAP's incremental mapping (SIFT, all pairs) make a model of the same photos, to compare
+            with; they are those of image_dir, or in images/ beside the reference.
     """
     if len(model) != len(reference) or not model:
         raise InputError(f"every --model needs its --reference: got {len(model)} and {len(reference)}")
-    reports = [evaluate_model(*paths) for paths in zip(model, reference, strict=True)]
+    if len(image_dir) not in (0, len(model)):
+        raise InputError(f"every --model needs its --image_dir, or none has one: got {len(model)} and {len(image_dir)}")
+    reports = []
+    for path, truth, photos in zip(model, reference, image_dir or (None,) * len(model), strict=True):
+        reports += compare(path, truth, photos, with_colmap)
     print(pose_table(reports))
     if json is not None:
         write_bytes(json, dumps([report.to_dict() for report in reports], indent=1).encode())
-    registered, images = (sum(getattr(r, key) for r in reports) for key in ("num_registered", "num_images"))
-    logger.info("%d of %d images are registered (scenes: %d).", registered, images, len(reports))
+    ours = [report for report in reports if report.method in ("", "refined")]
+    registered, images = (sum(getattr(r, key) for r in ours) for key in ("num_registered", "num_images"))
+    logger.info("%d of %d images are registered (scenes: %d).", registered, images, len(ours))
+
+
+def compare(model: Path, reference: Path, image_dir: Path | None, with_colmap: bool) -> list[PoseReport]:
+    """The reports on a model: of a run's output before and after refinement, and of COLMAP's own where asked for."""
+    truth = read_reference(reference)
+    if image_dir is not None:
+        truth = {name: pose for name, pose in truth.items() if (image_dir / name).is_file()}
+        if not truth:
+            raise InputError(f"no photo of {image_dir} has a pose in {reference}: names are paths below the folder")
+    estimates: dict[str, Poses | None] = {}
+    aligned = model / "aligned.h5"
+    if aligned.is_file() and (model / "sparse").is_dir():
+        estimates["aligned"] = _poses_of(colmap_from_scene(read_scenes(aligned)[0]))
+        estimates["refined"] = read_model(model / "sparse")
+    else:
+        estimates["refined" if with_colmap else ""] = read_model(model)
+    if with_colmap:
+        estimates["COLMAP"] = colmap_poses(_photos_of(reference, image_dir), sorted(truth))
+    name = _scene_name(reference) if image_dir is None else _scene_name(image_dir)
+    return [_checked_report(poses, truth, model, reference, name, method) for method, poses in estimates.items()]
+
+
+def colmap_poses(image_dir: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Poses of the largest model of COLMAP's incremental mapping, of SIFT matches of all pairs; none where it fails."""
+    with tempfile.TemporaryDirectory(prefix="colmap") as work:
+        database, output = Path(work) / "database.db", Path(work) / "sparse"
+        output.mkdir()
+        done = run_task(
+            "sift", database=database, image_dir=image_dir.absolute(), names=list(names), pairs=None, cameras={}
+        ) and run_task("map_images", database=database, output=output, constant_cameras=[], options={})
+        return (read_model(output) or {}) if done else {}
+
+
+def _photos_of(reference: Path, image_dir: Path | None) -> Path:
+    if image_dir is not None:
+        return image_dir
+    folder = (reference if reference.is_dir() else reference.parent) / "images"
+    if not folder.is_dir():
+        raise InputError(f"COLMAP needs the photos, and there is no folder {folder}: name it by --image_dir")
+    return folder
 
 
 def evaluate_model(model: Path, reference: Path) -> PoseReport:
     """Compare the model at a path with the reference at another."""
-    truth = read_reference(reference)
-    poses = read_model(model)
+    return _checked_report(read_model(model), read_reference(reference), model, reference, _scene_name(reference))
+
+
+def _checked_report(
+    poses: Poses | None, truth: Poses, model: Path, reference: Path, scene: str, method: str = ""
+) -> PoseReport:
     if poses is None:
         logger.warning("There is no model in %s: all images count as not registered.", model)
     elif poses and not set(poses) & set(truth):
@@ -87,7 +155,7 @@ def evaluate_model(model: Path, reference: Path) -> PoseReport:
             f"{model} and {reference} share no image name, first {min(poses)} and {min(truth)}: "
             "names are paths below the image folder"
         )
-    return evaluate_poses(poses or {}, truth, scene=_scene_name(reference))
+    return dataclasses.replace(evaluate_poses(poses or {}, truth, scene), method=method)
 
 
 def evaluate_poses(estimated: Poses, reference: Poses, scene: str = "") -> PoseReport:
@@ -136,20 +204,31 @@ def read_model(path: Path) -> dict[str, Tensor] | None:
     if not path.is_dir():
         raise InputError(f"there is no folder {path}: expected one with a COLMAP model")
     folders = [path] if _is_model(path) else [sub for sub in path.iterdir() if sub.name.isdigit() and _is_model(sub)]
-    models = [_read_poses(folder) for folder in sorted(folders, key=lambda folder: (len(folder.name), folder.name))]
+    models = [
+        _poses_of(read_colmap(folder)) for folder in sorted(folders, key=lambda folder: (len(folder.name), folder.name))
+    ]
     return max(models, key=len, default=None)
 
 
 def pose_table(reports: Sequence[PoseReport]) -> str:
-    """A markdown table in percent, a line a scene, and their mean where there are several."""
+    """A markdown table in percent, a line a scene and method, and the means of each method over several scenes."""
     columns = [("RRA", d) for d in ACCURACY_DEG] + [("RTA", d) for d in ACCURACY_DEG] + [("AUC", d) for d in AUC_DEG]
-    figures = [[getattr(report, kind.lower())[deg] for kind, deg in columns] for report in reports]
-    counts = [[report.scene, f"{report.num_registered}/{report.num_images}"] for report in reports]
-    if len(reports) > 1:
-        figures.append([sum(values) / len(reports) for values in zip(*figures, strict=True)])
-        counts.append(["mean", ""])
-    rows = [count + [f"{100 * value:.1f}" for value in values] for count, values in zip(counts, figures, strict=True)]
-    return markdown_table(["scene", "registered", *(f"{kind}@{deg}" for kind, deg in columns)], rows)
+
+    def row(scene: str, method: str, registered: str, figures: Sequence[float]) -> list[str]:
+        return [scene, *([method] if has_methods else []), registered, *(f"{100 * value:.1f}" for value in figures)]
+
+    has_methods = any(report.method for report in reports)
+    rows, by_method = [], defaultdict(list)
+    for r in reports:
+        figures = [getattr(r, kind.lower())[deg] for kind, deg in columns]
+        by_method[r.method].append(figures)
+        rows.append(row(r.scene, r.method, f"{r.num_registered}/{r.num_images}", figures))
+    for method, all_figures in by_method.items():
+        if len(all_figures) > 1:
+            means = [sum(values) / len(all_figures) for values in zip(*all_figures, strict=True)]
+            rows.append(row("mean", method, "", means))
+    header = ["scene", *(["method"] if has_methods else []), "registered"]
+    return markdown_table([*header, *(f"{kind}@{deg}" for kind, deg in columns)], rows)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -173,15 +252,9 @@ def _is_model(folder: Path) -> bool:
     return any((folder / f"images{suffix}").is_file() for suffix in (".bin", ".txt"))
 
 
-def _read_poses(folder: Path) -> dict[str, Tensor]:
-    import pycolmap
-
-    try:
-        model = pycolmap.Reconstruction(folder)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise InputError(f"{folder} cannot be read as a COLMAP model: {error}") from error
+def _poses_of(reconstruction: pycolmap.Reconstruction) -> dict[str, Tensor]:
     poses = {}
-    for image in model.images.values():
+    for image in reconstruction.images.values():
         if image.has_pose:
             poses[image.name] = torch.eye(4, dtype=torch.float64)
             poses[image.name][:3] = torch.from_numpy(image.cam_from_world().matrix())
@@ -189,10 +262,10 @@ def _read_poses(folder: Path) -> dict[str, Tensor]:
 
 
 def _scene_name(reference: Path) -> str:
-    """The folder's name, or that of the one that holds `cameras.json` or `sparse/0`."""
+    """The folder's name, or that of the one that holds `cameras.json`, `sparse/0` or `images`."""
     reference = reference.resolve()
     folder = reference.parent if reference.is_file() else reference
-    while folder.name.isdigit() or folder.name == "sparse":
+    while folder.name.isdigit() or folder.name in ("sparse", "images"):
         folder = folder.parent
     return folder.name
 

@@ -8,10 +8,13 @@ import numpy as np
 import pycolmap
 import pytest
 import torch
+from aligned import true_scene
+from PIL import Image
 from procedural import make_scene
 
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.evaluate import evaluate_model, evaluate_poses, main, markdown_table, pose_table, read_model
+from dust3r_sfm.formats.scenes import write_scenes
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +154,27 @@ def test_several_scenes_make_one_table_and_one_file(truth, tmp_path, capsys):
     assert [figure["num_registered"] for figure in figures] == [6, 4]
 
 
+def test_a_run_is_compared_before_and_after_refinement_and_with_colmap(truth, tmp_path, capsys):
+    """The photos show nothing, so COLMAP finds no model of them; images without a photo there do not count."""
+    aligned = make_scene(6, size=(16, 16), seed=1, pairs=[])
+    reference = write_cameras_json(tmp_path / "castle", truth)
+    names = sorted(truth)[:4]
+    for name in names:
+        path = tmp_path / "some" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48)).save(path)
+    write_model(
+        tmp_path / "out/sparse/0", {name: turned(pose, 2.0 * (name == names[0])) for name, pose in truth.items()}
+    )
+    write_scenes(tmp_path / "out/aligned.h5", [true_scene(aligned)])
+    main((tmp_path / "out",), (reference,), image_dir=(tmp_path / "some",), with_colmap=True)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    found = {row[1]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+    assert {row["scene"] for row in found.values()} == {"some"}
+    assert [found[m]["registered"] for m in ("aligned", "refined", "COLMAP")] == ["4/4", "4/4", "0/4"]
+    assert (found["aligned"]["AUC@1"], found["refined"]["AUC@1"], found["COLMAP"]["AUC@1"]) == ("100.0", "50.0", "0.0")
+
+
 def test_mistakes_have_their_sentence(truth, tmp_path):
     scene = write_cameras_json(tmp_path / "castle", truth)
     model = write_model(tmp_path / "model", truth)
@@ -158,15 +182,22 @@ def test_mistakes_have_their_sentence(truth, tmp_path):
     empty.mkdir()
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "images.bin").write_bytes(b"no model")
+    for part in ("cameras", "images", "points3D"):
+        (broken / f"{part}.bin").write_bytes(b"no model")
     other = write_model(tmp_path / "other", {"x.jpg": torch.eye(4, dtype=torch.float64)})
     with pytest.raises(InputError, match="got 2 and 1"):
         main((model, model), (scene,))
+    with pytest.raises(InputError, match="needs its --image_dir, or none has one: got 1 and 2"):
+        main((model,), (scene,), image_dir=(empty, empty))
+    with pytest.raises(InputError, match="no photo of .*empty has a pose"):
+        main((model,), (scene,), image_dir=(empty,))
+    with pytest.raises(InputError, match="there is no folder .*images: name it by --image_dir"):
+        main((model,), (scene,), with_colmap=True)
     with pytest.raises(InputError, match="there is no folder"):
         evaluate_model(tmp_path / "nowhere", scene)
     with pytest.raises(InputError, match="no cameras.json and no COLMAP model"):
         evaluate_model(model, empty)
-    with pytest.raises(InputError, match="cannot be read as a COLMAP model"):
+    with pytest.raises(InputError, match="broken"):
         evaluate_model(broken, scene)
     with pytest.raises(InputError, match="share no image name, first x.jpg"):
         evaluate_model(other, scene)
