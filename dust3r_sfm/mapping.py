@@ -42,6 +42,8 @@ from dust3r_sfm.views import View
 
 logger = logging.getLogger(__name__)
 
+SHARED_SCORE = 0.995
+"""One camera for all photos of a size is taken where the model explains at least this share of what several do."""
 RESECTION_ERROR_PX = 12.0
 MIN_RESECTED = 15
 """Points that have to agree on the pose of an image that saw too few, within so many pixels (COLMAP's own)."""
@@ -188,7 +190,7 @@ def share_cameras(
     adjusted = _refined(shared, once, known)
     if known.groups is not None:
         return adjusted
-    enough = adjusted.after.images >= own.images and adjusted.after.score >= config.shared_score * own.score
+    enough = adjusted.after.images >= own.images and adjusted.after.score >= SHARED_SCORE * own.score
     return adjusted if enough and not adjusted.kept_input else None
 
 

@@ -45,8 +45,6 @@ from dust3r_sfm.views import View, list_images, load_views, read_views
 
 logger = logging.getLogger(__name__)
 
-VIDEO_SHARED_SCORE = 0.9
-"""The frames of a video are one camera's, though it may refocus."""
 MAX_EXHAUSTIVE = 40
 """Up to so many images every one is paired with every other, unless told otherwise."""
 
@@ -118,8 +116,8 @@ def main(
     with holding(output):
         if video is not None:
             image_dir, pairs = output / "frames", "video" if pairs == "auto" else pairs
-            bundle = replace(config.bundle, shared_score=min(config.bundle.shared_score, VIDEO_SHARED_SCORE))
-            config = replace(config, bundle=bundle)
+            if config.priors.share_camera == "auto":
+                config = replace(config, priors=replace(config.priors, share_camera="all"))
             with summary.timed("extract_frames"):
                 extract_frames(video, image_dir, config.frames)
         network, views = _load(image_dir, model, cameras, on_bad_image, summary)

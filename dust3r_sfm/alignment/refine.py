@@ -41,8 +41,6 @@ class RefineConfig:
     """Times that all is adjusted and what does not fit is dropped; earlier rounds tolerate larger errors."""
     max_iters: int = 50
     """Steps of the solver in a round."""
-    shared_score: float = 0.995
-    """Photos of a size share one camera where it explains at least this share of what several do; of a video, 0.9."""
     camera_model: CameraModel = "SIMPLE_RADIAL"
     """The model of cameras whose intrinsics are not known; distortion that moves no pixel by half is left out."""
 
