@@ -10,6 +10,8 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ logger = logging.getLogger(__name__)
 MAX_IMAGE_SIDE = 1600
 """Longer photos are halved in size and so on until they are shorter, for features alone."""
 
+WATCH_S = 0.1
+
 
 def run_task(task: str, timeout_s: float | None = None, **arguments: Any) -> bool:
     """Run one of the tasks below; False where its process failed, ended itself or took too long, which is logged."""
-    command = [sys.executable, "-m", "dust3r_sfm.colmap_worker", task, json.dumps(arguments, default=str)]
+    arguments_json = json.dumps(arguments, default=str)
+    command = [sys.executable, "-m", "dust3r_sfm.colmap_worker", task, arguments_json, str(os.getpid())]
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
     try:
         done = subprocess.run(command, capture_output=True, timeout=timeout_s, env=environment, check=False)
@@ -82,10 +87,22 @@ def triangulate(database: str, model: str, output: str, options: dict[str, Any])
     pycolmap.triangulate_points(reconstruction, database, Path(database).parent, output, options=options)
 
 
+def end_with(parent: int) -> None:
+    """End this process when its parent has ended: of a killed run nothing may go on writing to its files."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 TASKS = {"sift": sift, "map_images": map_images, "triangulate": triangulate}
 
 
 if __name__ == "__main__":
+    end_with(int(sys.argv[3]))
     import pycolmap
 
     pycolmap.logging.logtostderr = True  # else it leaves files in the temporary folder
