@@ -199,6 +199,7 @@ def _build(config: TrainConfig) -> Dust3r:
     if config.init is None:
         return Dust3r(config.model)
     given = Dust3r.from_pretrained(None if config.init == "shipped" else config.init)
+    given.name = given.name.removeprefix("shipped ")  # they will no longer be
     return _reshaped(given, config.model) if config.reshape else given
 
 

@@ -90,7 +90,7 @@ class ScenePairs:
         corner, step = self._crops(dice, index, size)
         image, depth = _cut_image(self.images[index], corner, step, size), self._cut_depth(index, corner, step, size)
         K = self.K[index]
-        focal = K[:, (0, 1), (0, 1)] / step[:, None]
+        focal = K.diagonal(dim1=1, dim2=2)[:, :2] / step[:, None]
         center = (K[:, :2, 2] - corner) / step[:, None]
         cut_K = torch.zeros_like(K)
         cut_K[:, 0, 0], cut_K[:, 1, 1], cut_K[:, 0, 2], cut_K[:, 1, 2] = *focal.T, *center.T

@@ -279,7 +279,8 @@ def _facades(dice: Dice, room: Tensor) -> Tensor:
     """Rows of four walls of relief around a court, the whole width of its sides."""
     b, device = len(room), dice.device
     turn = torch.arange(4, device=device) * 1.5708
-    wall, other = room[:, [0, 1, 0, 1]], room[:, [1, 0, 1, 0]]
+    sides = room[:, :2]  # no lists of indices: they would be copied to the device, and a captured step cannot
+    wall, other = sides.repeat(1, 2), sides.flip(1).repeat(1, 2)
     deep = room[:, 2:] * dice.uniform(b, 4, low=0.03, high=0.2)
     tall = room[:, 2:] * dice.uniform(b, 4, low=0.3, high=0.6)
     rotation = _yaw(turn)

@@ -7,11 +7,15 @@ import textwrap
 
 import pytest
 import torch
+from procedural import make_scene
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dust3r_sfm.depth_views import DepthView
 from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig
 from dust3r_sfm.pairs import PairPrediction
 from dust3r_sfm.training.batches import Source, make_batch
 from dust3r_sfm.training.config import LoopConfig, learning_rate
+from dust3r_sfm.training.datasets import make_scene_pairs
 from dust3r_sfm.training.loop import Trainer, load_state_file
 from dust3r_sfm.training.losses import confidence_loss, regression_error
 from dust3r_sfm.training.step import objective
@@ -190,6 +194,35 @@ def test_without_photos_of_two_worlds_the_loss_is_the_paper_s(textures):
     error = regression_error(points, batch.truth, batch.valid)
     assert torch.allclose(loss, confidence_loss(error, confidence, batch.valid, 0.2))
     assert report[3] == 0
+
+
+class Waits(TorchDispatchMode):
+    """Notes what a captured CUDA graph could not hold: copies of numbers from the host, and reading of values."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__
+        copies = name.startswith("lift_fresh") and args[0].dim() > 0  # a single number is written by a kernel
+        if copies or name.split(".")[0] in ("_local_scalar_dense", "nonzero", "masked_select", "unique2"):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_device(textures):
+    rooms = make_scene(3, (48, 64), seed=1)
+    cameras = zip(rooms.views, rooms.depth, rooms.K, rooms.cam_from_world, strict=True)
+    views = [DepthView(name=v.name, image=v.image, depth=d, K=K, cam_from_world=T) for v, d, K, T in cameras]
+    source = Source(textures, make_scene_pairs([views], "cpu"))
+    config = LoopConfig(**SHORT | {"batch": 4, "apart_share": 0.5, "rays": 0.5})
+    run_ = Trainer(Dust3r(TINY), source, config)
+    run_.engine.learn(run_.engine.make((32, 48)))  # what is made once is made before the capture
+    with Waits() as waits:
+        run_.engine.learn(run_.engine.make((32, 48)))
+        run_.optimizer.step(1e-3, 1.0, 0.9)
+    assert waits.seen == []
 
 
 def test_the_average_is_what_is_saved(textures):
