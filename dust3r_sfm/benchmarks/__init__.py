@@ -7,6 +7,7 @@ from collections.abc import Sequence
 BENCHMARKS = {
     "alignment": "Global alignment, against descent on the published objective.",
     "report": "The pages of a run over many photos: time and size.",
+    "interruptions": "Stages that are killed at random moments, compared with runs that are not.",
     "retrieval": "Nearest neighbours among random descriptors: exact, and by the compressed index.",
     "training": "Where a training step's time goes on a CUDA device.",
 }
