@@ -19,8 +19,8 @@ EDGE_BEND = 0.04
 """Second difference of inverse depth over itself, beyond which a pixel lies on an edge and its point in the air."""
 FAR = 8.0
 """Points farther from the middle, in units of the distance of half of them, are not drawn."""
-
-
+MAX_GAPS = 1000
+"""Cameras whose distances from one another say how large cameras are drawn."""
 COVER = 1.5
 """Diameter of a drawn point over the distance of neighbouring points of an image."""
 
@@ -74,27 +74,36 @@ def certainty(confidence: Float[Tensor, "*shape"], reference: Float[Tensor, "*ot
 
 
 def viewed_cloud(scene: Scene, views: Sequence[View], max_points: int) -> ViewedCloud:
-    """The pixels of all depth maps, but for edges, masked and far ones; evenly thinned to `max_points`."""
+    """The pixels of all depth maps, but for edges, masked and far ones.
+
+    Each map gives evenly spread ones, as many as its share of `max_points`.
+    """
     view_of = {view.name: view for view in views}
+    num_pixels = sum(depth.numel() for depth in scene.depth)
     clouds = []
     for index, name in enumerate(scene.names):
-        depth, view = scene.depth[index].cpu().float(), view_of[name]
-        usable = depth.isfinite() & (depth > 0) & ~_on_edge(depth)
-        if view.mask is not None:
-            usable &= view.mask.cpu()
-        in_cam = unproject(scene.K[index].cpu().float(), depth)[usable]
-        in_world = transform_points(inverse(scene.cam_from_world[index].cpu().float()), in_cam)
-        confidence = scene.confidence[index].cpu().float()[usable].clamp(min=1)
-        indices = torch.full((len(in_world),), index)
-        spacing = in_cam[:, 2] / scene.K[index, 0, 0].cpu().float()
-        clouds.append((in_world, view.image.cpu()[usable], confidence, indices, spacing))
+        quota = max_points * scene.depth[index].numel() // num_pixels
+        clouds.append(_pixels_of(scene, index, view_of[name], quota))
     columns = [torch.cat(column) for column in zip(*clouds, strict=True)]
-    total, number = len(columns[0]), min(max_points, len(columns[0]))
-    columns = [column[torch.arange(number) * total // max(1, number)] for column in columns]
     near = _near(columns[0])
     order = columns[2][near].argsort(descending=True, stable=True)
-    points, colors, confidence, indices, spacing = (column[near][order] for column in columns)
-    return ViewedCloud(points, colors, confidence, indices, spacing * (total / max(1, number)) ** 0.5)
+    return ViewedCloud(*(column[near][order] for column in columns))
+
+
+def _pixels_of(scene: Scene, index: int, view: View, quota: int) -> tuple[Tensor, ...]:
+    """A cloud's columns for one image."""
+    depth, K = scene.depth[index].cpu().float(), scene.K[index].cpu().float()
+    usable = depth.isfinite() & (depth > 0) & ~_on_edge(depth)
+    if view.mask is not None:
+        usable &= view.mask.cpu()
+    found = usable.flatten().nonzero()[:, 0]
+    number = min(quota, len(found))
+    kept = found[torch.arange(number) * len(found) // max(1, number)]
+    in_cam = unproject(K, depth).flatten(0, 1)[kept]
+    in_world = transform_points(inverse(scene.cam_from_world[index].cpu().float()), in_cam)
+    confidence = scene.confidence[index].cpu().float().flatten()[kept].clamp(min=1)
+    spacing = in_cam[:, 2] / K[0, 0] * (len(found) / max(1, number)) ** 0.5
+    return in_world, view.image.cpu().flatten(0, 1)[kept], confidence, torch.full((number,), index), spacing
 
 
 def outlook(scene: Scene, cloud: ViewedCloud) -> Outlook:
@@ -110,7 +119,8 @@ def outlook(scene: Scene, cloud: ViewedCloud) -> Outlook:
     back = back / back.norm() if back.norm() > 0.05 * reach else -poses[0, 2, :3]
     distance = max(2.4 * float(reach), 1.6 * float((centers - target).norm(dim=-1).median()))
     eye = target + distance * (back + 0.45 * up)
-    gaps = torch.cdist(centers, centers).fill_diagonal_(torch.inf).amin(1)
+    some = centers[:MAX_GAPS]
+    gaps = torch.cdist(some, some).fill_diagonal_(torch.inf).amin(1)
     size = 0.3 * float(gaps[gaps.isfinite()].median()) if len(centers) > 1 else float(reach)
     size = min(max(size, 0.03 * float(reach)), 0.2 * float(reach))
     return Outlook(target, eye, up, size, COVER * float(cloud.spacing.median()) if len(cloud.points) else 0.0)
