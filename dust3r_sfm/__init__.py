@@ -34,6 +34,7 @@ _HOMES = {
     "pairs_one_reference": "graph",
     "pairs_sequential": "graph",
     "read_colmap": "formats.colmap",
+    "register_with_hloc": "hloc_plugin",
     "symmetrize": "graph",
     "write_colmap": "formats.colmap",
     "write_database": "formats.database",

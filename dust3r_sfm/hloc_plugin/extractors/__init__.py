@@ -1,0 +1,1 @@
+"""Modules that hloc finds among its extractors; each holds one class."""

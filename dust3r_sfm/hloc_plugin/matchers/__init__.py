@@ -1,0 +1,1 @@
+"""Modules that hloc finds among its matchers; each holds one class."""
