@@ -9,14 +9,17 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dust3r_sfm.geometry.camera import unproject
 from dust3r_sfm.geometry.transforms import camera_center, inverse, transform_points
 from dust3r_sfm.scene import Scene
 from dust3r_sfm.views import View
 
-EDGE_BEND = 0.04
-"""Second difference of inverse depth over itself, beyond which a pixel lies on an edge and its point in the air."""
+MAX_COTANGENT = 7.0
+"""Points of surfaces that are seen under a smaller angle (8 degrees) mostly hang between a thing and its background."""
+SPREAD = 2
+"""Pixels to either side over which that angle is taken."""
 FAR = 8.0
 """Points farther from the middle, in units of the distance of half of them, are not drawn."""
 MAX_GAPS = 1000
@@ -74,7 +77,7 @@ def certainty(confidence: Float[Tensor, "*shape"], reference: Float[Tensor, "*ot
 
 
 def viewed_cloud(scene: Scene, views: Sequence[View], max_points: int) -> ViewedCloud:
-    """The pixels of all depth maps, but for edges, masked and far ones.
+    """The pixels of all depth maps, but for grazed, masked and far ones.
 
     Each map gives evenly spread ones, as many as its share of `max_points`.
     """
@@ -93,7 +96,7 @@ def viewed_cloud(scene: Scene, views: Sequence[View], max_points: int) -> Viewed
 def _pixels_of(scene: Scene, index: int, view: View, quota: int) -> tuple[Tensor, ...]:
     """A cloud's columns for one image."""
     depth, K = scene.depth[index].cpu().float(), scene.K[index].cpu().float()
-    usable = depth.isfinite() & (depth > 0) & ~_on_edge(depth)
+    usable = depth.isfinite() & (depth > 0) & ~_is_grazed(depth, float(K[0, 0]))
     if view.mask is not None:
         usable &= view.mask.cpu()
     found = usable.flatten().nonzero()[:, 0]
@@ -126,15 +129,14 @@ def outlook(scene: Scene, cloud: ViewedCloud) -> Outlook:
     return Outlook(target, eye, up, size, COVER * float(cloud.spacing.median()) if len(cloud.points) else 0.0)
 
 
-def _on_edge(depth: Float[Tensor, "h w"]) -> Bool[Tensor, "h w"]:
-    """Where inverse depth, which is linear in the pixels of a plane, bends or breaks off."""
-    inverse_depth = 1 / depth.clamp(min=1e-9)
-    bend = torch.zeros_like(depth)
-    for axis in (0, 1):
-        before, here, after = (inverse_depth.narrow(axis, k, depth.shape[axis] - 2) for k in range(3))
-        inner = bend.narrow(axis, 1, depth.shape[axis] - 2)
-        torch.maximum(inner, (before - 2 * here + after).abs() / here, out=inner)
-    return bend > EDGE_BEND
+def _is_grazed(depth: Float[Tensor, "h w"], focal: float) -> Bool[Tensor, "h w"]:
+    """Where the surface is seen under a small angle: the cotangent is the change of log depth over the ray's turn."""
+    logs = depth.clamp(min=1e-9).log()
+    padded = pad(logs[None, None], (SPREAD,) * 4, mode="replicate")[0, 0]
+    inner, whole = slice(SPREAD, -SPREAD), 2 * SPREAD
+    down = padded[whole:, inner] - padded[:-whole, inner]
+    right = padded[inner, whole:] - padded[inner, :-whole]
+    return torch.hypot(down, right) * focal / whole > MAX_COTANGENT
 
 
 def _near(points: Float[Tensor, "n 3"]) -> Bool[Tensor, " n"]:
