@@ -31,6 +31,7 @@ from dust3r_sfm.alignment.anchoring import anchored, positions_of
 from dust3r_sfm.alignment.attach import attached, in_frame_of
 from dust3r_sfm.alignment.refine import RefineConfig, Support, refine, support
 from dust3r_sfm.alignment.tracks import TrackConfig, build_tracks
+from dust3r_sfm.alignment.validation import refine_validated
 from dust3r_sfm.export_scene import load_scene_views
 from dust3r_sfm.files import write_bytes
 from dust3r_sfm.formats.colmap import colmap_from_scene
@@ -278,7 +279,8 @@ def _densely_refined(scene: Scene, views: Sequence[View], depth_maps: DepthMaps,
     # Keypoints of the network's grid are as precise as its pixels are fine.
     error_px = max(config.max_error_px, config.max_error_px * stored_per_net(scene) / 2)
     wider = dataclasses.replace(config, max_error_px=error_px)
-    adjusted = refine(colmap_from_scene(scene), wider, known.poses, known.intrinsics, known.focal_priors)
+    held = known.poses, known.intrinsics, known.focal_priors
+    adjusted = refine_validated(colmap_from_scene(scene), wider, lambda model, config: refine(model, config, *held))
     if adjusted.kept_input:
         return scene
     return scene_from_colmap(adjusted.reconstruction, [view_of[name] for name in scene.names], depth_maps)

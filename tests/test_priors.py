@@ -170,15 +170,15 @@ def test_photos_share_cameras_as_they_are_told_to(tmp_path, procedural, observed
 def test_a_focal_of_known_precision_stays_within_it(procedural, observed):
     truth = observed.K[0, 0, 0].item() * 8
     given = colmap_from_scene(perturbed(observed, angle_deg=0.0, shift=0.0, focal=1e-4))  # cameras of their own
-    priors = {observed.names[0]: (0.98 * truth, 0.003), observed.names[1]: (0.98 * truth, 0.05)}
-    for camera_id in (1, 2):
+    priors = {observed.names[0]: (0.98 * truth, 0.003), observed.names[1]: (0.94 * truth, 0.05)}
+    for camera_id, (focal, _) in zip((1, 2), priors.values(), strict=True):
         params = np.array(given.camera(camera_id).params)
-        params[0] = 0.98 * truth
+        params[0] = focal
         given.camera(camera_id).params = params
     adjusted = refine(given, RefineConfig(max_error_px=40.0), focal_priors=priors)
     assert not adjusted.kept_input
     assert adjusted.reconstruction.camera(1).mean_focal_length() <= 0.98 * truth * 1.009 + 1e-6
-    assert adjusted.reconstruction.camera(2).mean_focal_length() == pytest.approx(truth, rel=0.01)
+    assert adjusted.reconstruction.camera(2).mean_focal_length() == pytest.approx(truth, rel=0.025)
 
 
 def test_exif_focals_are_priors(tmp_path):
