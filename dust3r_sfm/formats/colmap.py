@@ -33,13 +33,13 @@ def write_colmap(
     """Writes a scene as a COLMAP model in pixels of the stored files; as .bin, and as .txt too with `text`.
 
     The files are complete before they replace those of an earlier model in `folder`; other files
-    there stay. With `shared_camera` images of one stored size share one camera, of the median
-    intrinsics. Ids begin at `first_id`. `more_keypoints` of an image, which see no point, follow
-    those of its tracks. Names with blanks cannot stand in a .txt model: InputError.
+    there stay. Images of equal intrinsics share one camera; with `shared_camera` all of one stored
+    size do, of the median intrinsics. Ids begin at `first_id`. `more_keypoints` of an image, which
+    see no point, follow those of its tracks. Names with blanks cannot stand in a .txt model: InputError.
     """
     if text:
         check_text_names(scene.names)
-    write_model(colmap_from_scene(scene, shared_camera, first_id, more_keypoints), folder, text)
+    write_model(colmap_from_scene(scene, shared_camera, first_id, more_keypoints, equal_share=True), folder, text)
 
 
 def write_model(reconstruction: pycolmap.Reconstruction, folder: Path, text: bool = False) -> None:
@@ -103,15 +103,19 @@ def colmap_from_scene(
     shared_camera: bool = False,
     first_id: int = 1,
     more_keypoints: Mapping[str, Float[np.ndarray, "_k 2"]] | None = None,
+    equal_share: bool = False,
 ) -> pycolmap.Reconstruction:
-    """The scene in COLMAP's types: image i of the scene has id first_id + i, its points are numbered from 1."""
+    """The scene in COLMAP's types: image i of the scene has id first_id + i, its points are numbered from 1.
+
+    With `equal_share` images of equal intrinsics share one camera.
+    """
     img_from_net = torch.linalg.inv(scene.net_from_img.detach().cpu().double())
     K, imgcam_from_netcam = split_rotation(img_from_net, scene.K.detach().cpu().double())
     cam_from_world = imgcam_from_netcam @ scene.cam_from_world.detach().cpu().double()
     if not (K.isfinite().all() and cam_from_world.isfinite().all()):
         raise ValueError("a scene with cameras that are not finite has no COLMAP model")
     reconstruction = pycolmap.Reconstruction()
-    camera_ids = _add_cameras(reconstruction, K, scene, shared_camera, first_id)
+    camera_ids = _add_cameras(reconstruction, K, scene, shared_camera, equal_share, first_id)
     keypoints = _keypoints_by_image(scene)
     for index, (name, camera_id) in enumerate(zip(scene.names, camera_ids, strict=True)):
         xy = np.concatenate([keypoints[index], (more_keypoints or {}).get(name, np.zeros((0, 2)))])
@@ -129,13 +133,15 @@ def _add_cameras(
     K: Float[Tensor, "n 3 3"],
     scene: Scene,
     shared_camera: bool,
+    equal_share: bool,
     first_id: int,
 ) -> list[int]:
     """Ids of the images' cameras, from `first_id` in the order of first use."""
     groups: dict[object, list[int]] = {}
     for index, size in enumerate(scene.original_sizes):
         lens = scene.lens(index)
-        groups.setdefault((size, lens and lens.model) if shared_camera else index, []).append(index)
+        own = (size, *K[index].flatten().tolist(), lens) if equal_share else index
+        groups.setdefault((size, lens and lens.model) if shared_camera else own, []).append(index)
     camera_ids = [0] * len(scene.names)
     for camera_id, members in enumerate(groups.values(), start=first_id):
         # The mean of the middle two: torch's median would take the lower.

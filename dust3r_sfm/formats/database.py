@@ -83,7 +83,8 @@ def _on_epipolar_lines(
 def _write(
     path: Path, scenes: Sequence[Scene], indexed: IndexedMatches, inliers: Mapping[Pair, UInt32[np.ndarray, "_k 2"]]
 ) -> None:
-    models = [colmap_from_scene(scene, first_id=i) for scene, i in zip(scenes, first_ids(scenes), strict=True)]
+    numbered = zip(scenes, first_ids(scenes), strict=True)
+    models = [colmap_from_scene(scene, first_id=first_id, equal_share=True) for scene, first_id in numbered]
     image_of = {image.name: image for model in models for image in model.images.values()}
     database = pycolmap.Database.open(str(path))
     try:

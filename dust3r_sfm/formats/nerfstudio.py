@@ -49,7 +49,8 @@ def write_gsplat(scene: Scene, image_dir: Path, folder: Path, downscale: Sequenc
     """Writes `images/`, `images_<k>/` for each factor k, and `sparse/0/`, whose names are the files'."""
     flat = _place_images(scene, image_dir, folder, downscale)
     scene = pinhole_scene(scene)
-    write_model(colmap_from_scene(dataclasses.replace(scene, names=tuple(flat.values()))), folder / "sparse" / "0")
+    renamed = dataclasses.replace(scene, names=tuple(flat.values()))
+    write_model(colmap_from_scene(renamed, equal_share=True), folder / "sparse" / "0")
 
 
 def write_nerfstudio(

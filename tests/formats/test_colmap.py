@@ -126,6 +126,15 @@ def test_shared_cameras_are_one_for_each_stored_size(scene):
     assert [model.images[i].camera_id for i in (1, 2, 3, 4)] == [1, 2, 1, 2]
 
 
+def test_images_of_equal_intrinsics_share_a_camera_in_what_is_written(scene, tmp_path):
+    K = scene.K.clone()
+    K[2] = K[0]
+    write_colmap(dataclasses.replace(scene, K=K), tmp_path)
+    model = read_colmap(tmp_path)
+    assert [model.images[i].camera_id for i in (1, 2, 3, 4)] == [1, 2, 1, 3]
+    assert len(colmap_from_scene(dataclasses.replace(scene, K=K)).cameras) == 4
+
+
 def test_text_models_hold_the_same(scene, tmp_path):
     scene = dataclasses.replace(scene, names=("a.jpg", "b.jpg", "sub/c.jpg", "ü.png"))
     write_colmap(scene, tmp_path, text=True)
