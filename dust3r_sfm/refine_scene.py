@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -182,7 +183,9 @@ def refine_scenes(
     sparse = within_masks(sparse, views)
     depth_maps = {name: maps for scene in scenes for name, maps in seen_maps(scene).items()}
     figures: dict[str, Any] = {"verified_pairs": len(sparse.geometries), "candidates": []}
-    with tempfile.TemporaryDirectory(prefix=".refine", dir=folder) as work:
+    for left in folder.glob(".refine-*"):  # by a killed run
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".refine-", dir=folder) as work:
         trusts = []
         for scene in scenes:
             sparse, trust = guide(sparse, scene, matches)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 BENCHMARKS = {
     "alignment": "Global alignment, against descent on the published objective.",
     "report": "The pages of a run over many photos: time and size.",
+    "engine": "What many images cost the process that drives a run, with a network that does nothing.",
     "interruptions": "Stages that are killed at random moments, compared with runs that are not.",
     "retrieval": "Nearest neighbours among random descriptors: exact, and by the compressed index.",
+    "scale": "Alignment of more and more images: error, time and memory.",
     "training": "Where a training step's time goes on a CUDA device.",
 }
 

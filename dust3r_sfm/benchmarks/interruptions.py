@@ -42,7 +42,8 @@ STAGES = {
     "sparse-features": ["--image_dir", "{photos}", "--output", "{out}/features.db"],
     "refine-scene": ["--scene", "{out}/aligned.h5", "--image_dir", "{photos}", "--matches", "{out}/matches.h5"]
     + ["--output", "{out}/scene.h5"],
-    "export-scene": ["--scene", "{out}/scene.h5", "--matches", "{out}/matches.h5", "--output", "{out}/export"],
+    "export-scene": ["--scene", "{out}/scene.h5", "--image_dir", "{photos}", "--matches", "{out}/matches.h5"]
+    + ["--output", "{out}/export"],
     "reconstruct": ["--image_dir", "{photos}", "--output", "{out}/all", "--formats", "colmap", "database", "ply"],
 }
 """In turn, each with what those before it wrote."""
@@ -149,8 +150,8 @@ def contents_of(folder: Path) -> dict[str, str]:
 
 def _content(path: Path) -> str:
     if path.suffix == ".db":
-        with sqlite3.connect(path) as database:
-            return sha256("\n".join(database.iterdump()).encode()).hexdigest()
+        with sqlite3.connect(path) as database:  # threads write it in any order
+            return sha256("\n".join(sorted(database.iterdump())).encode()).hexdigest()
     if path.name == "summary.json":
         summary = json.loads(path.read_text())
         return repr({key: value for key, value in summary.items() if key != "timings_s"})
