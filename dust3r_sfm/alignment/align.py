@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,7 @@ from torch import Tensor
 from dust3r_sfm.alignment import initialization
 from dust3r_sfm.alignment.cameras import Cameras, cameras_of_views
 from dust3r_sfm.alignment.chaining import start_pairs
+from dust3r_sfm.alignment.clusters import align_in_clusters
 from dust3r_sfm.alignment.dense import DepthFusion
 from dust3r_sfm.alignment.initialization import KnownFrame
 from dust3r_sfm.alignment.objective import (
@@ -49,6 +51,8 @@ class AlignConfig:
     """Gauss-Newton steps at most."""
     min_improvement: float = 1e-4
     """Stops after three steps in a row that lower the cost by less than this fraction."""
+    max_cluster: int = 200
+    """More images are aligned in clusters of so many that overlap, which are merged; not where poses are known."""
     max_samples: int = 1500
     """Pixels of an image that take part, on a regular grid; depths are computed for all in the end."""
 
@@ -76,6 +80,10 @@ def iterate_components(
     pose fixes the world; else the world is the camera of the image with most pairs, and the median depth is 1.
     ReconstructionError where no pair says anything.
     """
+    if len(views) > config.max_cluster and all(view.known_cam_from_world is None for view in views):
+        whole = partial(align_components, config=replace(config, max_cluster=len(views)))
+        yield from align_in_clusters(views, predictions, config.max_cluster, whole)
+        return
     # Of a great many pairs fewer pixels each say as much, and all fit in memory.
     max_samples = min(config.max_samples, max(MIN_SAMPLES_PER_IMAGE, MAX_SAMPLES_IN_ALL // (2 * len(predictions) + 1)))
     samples = sample_pairs(views, predictions, max_samples)
