@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from torch import Tensor
 from tqdm import tqdm
 
 from dust3r_sfm.alignment.align import AlignConfig, iterate_components
@@ -16,7 +15,7 @@ from dust3r_sfm.formats.known_cameras import read_known_cameras
 from dust3r_sfm.formats.pairs import read_pairs
 from dust3r_sfm.formats.pointmaps import PointmapFile
 from dust3r_sfm.formats.scenes import write_scenes
-from dust3r_sfm.pairs import Predictions, SomePredictions
+from dust3r_sfm.pairs import Predictions, SomePredictions, size_of
 from dust3r_sfm.scene import Scene
 from dust3r_sfm.views import SQUARE_CROP_SIZE, View, load_views
 
@@ -83,20 +82,20 @@ def _chosen(predictions: Predictions, pairs: Path | None) -> Predictions:
 def _load_views(image_dir: Path, predictions: Predictions, cameras: Path | None) -> list[View]:
     """The views of all images of pairs, at the size that the pointmaps were made at."""
     names = sorted({name for pair in predictions for name in pair})
-    shapes = {tuple(c.shape) for c in _confidences(predictions, names)}
+    shapes = set(_sizes(predictions, names))
     size = max(max(shape) for shape in shapes)
     is_square = size != SQUARE_CROP_SIZE and (size, size) in shapes
     known = read_known_cameras(cameras, names) if cameras is not None else None
     return load_views(image_dir, size, names, square_ok=is_square, cameras=known)
 
 
-def _confidences(predictions: Predictions, names: Sequence[str]) -> Iterator[Tensor]:
-    """One confidence map of each image; only as many pairs are read as needed."""
+def _sizes(predictions: Predictions, names: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """(height, width) of each image; only as many pairs are read as needed."""
     left = set(names)
     for pair in predictions:
         if left & set(pair):
             prediction = predictions[pair]
-            yield from (prediction.confidence0, prediction.confidence1)
+            yield from (size_of(prediction, side) for side in (0, 1))
             left -= set(pair)
 
 

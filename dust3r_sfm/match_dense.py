@@ -30,7 +30,7 @@ from tqdm import tqdm
 from dust3r_sfm.formats.matches import write_matches
 from dust3r_sfm.formats.pointmaps import PointmapFile
 from dust3r_sfm.geometry.surfaces import Surface, at_pixels, nearest_on_surface, pixel_steps
-from dust3r_sfm.pairs import Matches, Pair, PairPrediction, Predictions
+from dust3r_sfm.pairs import Matches, Pair, PairPrediction, Predictions, ReducedPrediction, SomePredictions
 from dust3r_sfm.views import View
 
 logger = logging.getLogger(__name__)
@@ -131,9 +131,24 @@ def match_dense(
     matches = {}
     for pair in tqdm(undirected, desc="Matching", unit="pair", disable=None):
         reverse = predictions[pair.reversed()] if pair.reversed() in position else None
+        prediction = predictions[pair]
+        if isinstance(prediction, ReducedPrediction):
+            matches[pair] = _kept_matches(pair, prediction, predictions)
+            continue
         view0, view1 = view_of.get(pair.name0), view_of.get(pair.name1)
-        matches[pair] = match_pair(predictions[pair], view0, view1, config, reverse)
+        matches[pair] = match_pair(prediction, view0, view1, config, reverse)
     return matches
+
+
+def _kept_matches(pair: Pair, prediction: ReducedPrediction, predictions: Predictions) -> Matches:
+    """Those that a reduced prediction brings, or else the reversed pair, also where that itself is not used."""
+    if prediction.matches is not None:
+        return prediction.matches
+    there = predictions.all_of_them if isinstance(predictions, SomePredictions) else predictions
+    reverse = there.get(pair.reversed())
+    if isinstance(reverse, ReducedPrediction) and reverse.matches is not None:
+        return Matches(reverse.matches.keypoints1, reverse.matches.keypoints0, reverse.matches.scores)
+    return Matches(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0))
 
 
 def anchor_pixels(height: int, width: int, config: MatchConfig) -> Int[Tensor, "a 2"]:

@@ -80,6 +80,12 @@ class SomePredictions(Mapping[Pair, PairPrediction]):
     def __init__(self, predictions: Predictions, pairs: Iterable[Pair]) -> None:
         self._predictions, self._pairs = predictions, dict.fromkeys(pairs)
 
+    @property
+    def all_of_them(self) -> Predictions:
+        """Also those that are not among the some."""
+        there = self._predictions
+        return there.all_of_them if isinstance(there, SomePredictions) else there
+
     def __getitem__(self, pair: Pair) -> PairPrediction:
         if pair not in self._pairs:
             raise KeyError(pair)

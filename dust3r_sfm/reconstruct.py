@@ -187,7 +187,7 @@ def _align_and_match(
 ) -> tuple[list[Scene], dict[Pair, Matches]]:
     """Aligned scenes with tracks of the dense matches."""
     with summary.timed("infer_pairs"):
-        predictions = infer_pairs(network, views, pairs, output / "pointmaps.h5", config.infer)
+        predictions = infer_pairs(network, views, pairs, output / "pointmaps.h5", config.infer, match=config.match)
     with summary.timed("filter_pairs"):
         summary.decisions = decide_pairs(predictions, summary.names, config.filter, num_verified)
         kept = keep_pairs(predictions, summary.decisions)

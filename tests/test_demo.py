@@ -36,7 +36,7 @@ def exact(monkeypatch):
                 yield Pair(*pair), prediction
 
     monkeypatch.setattr(demo, "demo_views", demo_views)
-    monkeypatch.setattr(import_module("dust3r_sfm.infer_pairs")._Network, "predict", predict)
+    monkeypatch.setattr(import_module("dust3r_sfm.infer_pairs").PairNetwork, "predict", predict)
     # matches of photos of 64 pixels are worse than exact predictions: refinement has tests of its own
     monkeypatch.setattr(demo.reconstruct, "main", partial(demo.reconstruct.main, refine="none"))
 

@@ -100,10 +100,9 @@ def test_every_image_is_encoded_once_and_every_pair_decoded_once(model, views, p
     assert counted == {"encode": len(views), "decode": len(pairs)}
 
 
-def test_encodings_that_do_not_fit_are_computed_again_with_the_same_result(model, views, pairs, monkeypatch):
+def test_encodings_that_do_not_fit_are_computed_again_with_the_same_result(model, views, pairs):
     expected = infer_pairs(model, views, pairs, config=FLOAT32)
-    monkeypatch.setattr(stage, "KEPT_ENCODINGS_BYTES", 1)
-    found = infer_pairs(model, views, pairs, config=FLOAT32)
+    found = infer_pairs(model, views, pairs, config=dataclasses.replace(FLOAT32, max_encodings_gb=1e-6))
     assert all(torch.equal(found[p].pointmap1_in_cam0, expected[p].pointmap1_in_cam0) for p in pairs)
 
 

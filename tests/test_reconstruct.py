@@ -67,7 +67,7 @@ def exact(scene, monkeypatch):
             asked.append(pair)
             yield pair, scene.predictions[pair]
 
-    monkeypatch.setattr(inference._Network, "predict", predict)
+    monkeypatch.setattr(inference.PairNetwork, "predict", predict)
     return asked
 
 
@@ -239,7 +239,7 @@ def test_nothing_to_align_is_said_and_the_summary_still_accounts_for_the_images(
             ones = torch.ones_like(p.confidence0)
             yield pair, PairPrediction(p.pointmap0_in_cam0, 0 * ones, p.pointmap1_in_cam0, 0 * ones)
 
-    monkeypatch.setattr(inference._Network, "predict", predict)
+    monkeypatch.setattr(inference.PairNetwork, "predict", predict)
     with pytest.raises(ReconstructionError, match="none of 20 pairs is worth aligning"):
         reconstruct.main(image_dir, tmp_path, weights)
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -6,6 +6,8 @@ run continues, and a changed photo or model computes again what it touches and n
 `pointmaps.h5` is written last: `pairs` (n, 2) names, and `predictions/<i>`, an external link to the
 group of pair i in its shard: `pointmap0_in_cam0`, `confidence0`, `pointmap1_in_cam0`, `confidence1` in
 float16, and the attribute `scale` that the pointmaps are multiplied by (their median norm is stored as 1).
+Reduced predictions hold every `strides`-th pixel of images of `sizes`; matches in 64ths of a pixel where the
+reversed pair has none; and of some pairs `depth0` at every pixel with its confidence as 32 times its logarithm.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import h5py
 import numpy as np
@@ -24,9 +27,12 @@ from torch import Tensor
 
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.files import write_bytes
-from dust3r_sfm.pairs import Pair, PairPrediction
+from dust3r_sfm.pairs import Matches, Pair, PairPrediction, ReducedPrediction
 
 FLOAT16_MAX = 65504.0
+KEYPOINTS_PER_PX = 64
+LEVELS_PER_E = 32
+"""Stored levels of confidence, one byte each, for every factor of e: within 2 %, up to 2,900."""
 FIELDS = ("pointmap0_in_cam0", "confidence0", "pointmap1_in_cam0", "confidence1")
 
 
@@ -50,6 +56,7 @@ class PointmapFile(Mapping[Pair, PairPrediction]):
             group = self._file[f"predictions/{index}"]
             values = {field: torch.from_numpy(group[field][()]).to(torch.float32) for field in FIELDS}
             scale = float(group.attrs["scale"])
+            reduced = _read_reduced(group, scale) if "strides" in group.attrs else None
         except (OSError, KeyError) as error:
             raise InputError(
                 f"{self.path} misses the values of {pair.name0} {pair.name1}: keep {shard_folder(self.path).name} "
@@ -57,7 +64,7 @@ class PointmapFile(Mapping[Pair, PairPrediction]):
             ) from error
         values["pointmap0_in_cam0"] *= scale
         values["pointmap1_in_cam0"] *= scale
-        return PairPrediction(**values)
+        return PairPrediction(**values) if reduced is None else ReducedPrediction(**values, **reduced)
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self._index)
@@ -150,7 +157,41 @@ def _write_prediction(group: h5py.Group, prediction: PairPrediction) -> None:
         values = getattr(prediction, field).to(torch.float32)
         if "pointmap" in field:
             values = values / scale
-        group[field] = values.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16).cpu().numpy()
+        group[field] = _half(values)
+    if isinstance(prediction, ReducedPrediction):
+        _write_reduced(group, prediction, scale)
+
+
+def _write_reduced(group: h5py.Group, prediction: ReducedPrediction, scale: float) -> None:
+    group.attrs["sizes"], group.attrs["strides"] = prediction.sizes, prediction.strides
+    if prediction.matches is not None:
+        keypoints = torch.cat([prediction.matches.keypoints0, prediction.matches.keypoints1], dim=1).cpu()
+        kind = np.uint16 if max(map(max, prediction.sizes)) * KEYPOINTS_PER_PX < 2**16 else np.uint32
+        group["keypoints"] = (keypoints * KEYPOINTS_PER_PX).round().numpy().astype(kind)
+        group["scores"] = _half(prediction.matches.scores)
+    if prediction.depth0 is not None and prediction.full_confidence0 is not None:
+        group["depth0"] = _half(prediction.depth0 / scale)
+        levels = prediction.full_confidence0.clamp(min=1).log() * LEVELS_PER_E
+        group["log_confidence0"] = levels.round().clamp(max=255).to(torch.uint8).cpu().numpy()
+
+
+def _read_reduced(group: h5py.Group, scale: float) -> dict[str, Any]:
+    """The fields of a reduced prediction beyond those of a whole one."""
+    (h0, w0), (h1, w1) = group.attrs["sizes"].tolist()
+    stride0, stride1 = group.attrs["strides"].tolist()
+    fields: dict[str, Any] = {"sizes": ((h0, w0), (h1, w1)), "strides": (stride0, stride1), "matches": None}
+    if "keypoints" in group:
+        keypoints = torch.from_numpy(group["keypoints"][()].astype(np.float32) / KEYPOINTS_PER_PX)
+        scores = torch.from_numpy(group["scores"][()].astype(np.float32))
+        fields["matches"] = Matches(keypoints[:, :2], keypoints[:, 2:], scores)
+    if "depth0" in group:
+        fields["depth0"] = torch.from_numpy(group["depth0"][()]).to(torch.float32) * scale
+        fields["full_confidence0"] = (torch.from_numpy(group["log_confidence0"][()]) / LEVELS_PER_E).exp()
+    return fields
+
+
+def _half(values: Float[Tensor, "*shape"]) -> np.ndarray:
+    return values.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16).cpu().numpy()
 
 
 def _median_norm(points: Float[Tensor, "n 3"]) -> float:
