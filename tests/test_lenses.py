@@ -21,7 +21,7 @@ from dust3r_sfm.formats.known_cameras import read_known_cameras
 from dust3r_sfm.formats.nerfstudio import write_gsplat, write_nerfstudio
 from dust3r_sfm.formats.scenes import read_scenes, write_scenes
 from dust3r_sfm.formats.undistortion import pinhole_scene, straight_views
-from dust3r_sfm.geometry.lens import bend_px, bent, camera_with_lens, straightened, straightening_zoom
+from dust3r_sfm.geometry.lens import Lens, bend_px, bent, camera_with_lens, straightened, straightening_zoom
 from dust3r_sfm.scene import Tracks
 from dust3r_sfm.views import KnownCamera, load_views
 
@@ -223,6 +223,12 @@ def test_a_camera_of_another_size_than_its_photo_is_refused(shots, procedural):
     camera = known_camera(procedural, lens)._replace(size=(640, 480))
     with pytest.raises(InputError, match="0.png is 192 x 144 pixels, but its given camera is of 640 x 480"):
         load_views(folder, 128, ["0.png"], cameras={"0.png": camera})
+
+
+@pytest.mark.parametrize("model", ["FISH", "EQUIRECTANGULAR", "OPENCV"])
+def test_models_that_there_are_not_and_wrong_coefficients_are_named(procedural, model):
+    with pytest.raises(ValueError, match=r"is no camera model here|OPENCV has 4 distortion coefficients, got 1"):
+        camera_of(procedural, Lens(model, (0.1,)))
 
 
 def test_pinhole_scenes_stay_as_they_are(procedural):

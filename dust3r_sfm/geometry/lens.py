@@ -9,6 +9,7 @@ import pycolmap
 from jaxtyping import Float
 
 PINHOLES = ("SIMPLE_PINHOLE", "PINHOLE")
+WITHOUT_PINHOLE = ("INVALID", "EQUIRECTANGULAR")
 SAME_PX = 0.5
 """Pixels that come back no nearer after they were bent and straightened lie where the model folds."""
 MIN_FOCAL = 0.4
@@ -49,6 +50,8 @@ def camera_with_lens(
         square = abs(fx - fy) <= SQUARE_PIXELS * fx
         model, params = ("SIMPLE_PINHOLE", [fx, cx, cy]) if square else ("PINHOLE", [fx, fy, cx, cy])
         return pycolmap.Camera(camera_id=camera_id, model=model, width=size[0], height=size[1], params=params)
+    if lens.model not in pycolmap.CameraModelId.__members__ or lens.model in WITHOUT_PINHOLE:
+        raise ValueError(f"{lens.model} is no camera model here: expected one of COLMAP's, such as OPENCV or RADIAL")
     create = getattr(pycolmap.Camera, "create_from_model_name", None) or pycolmap.Camera.create
     camera = create(camera_id, lens.model, 1.0, size[0], size[1])
     params = np.array(camera.params)
