@@ -68,13 +68,22 @@ def sift(
         )
 
 
-def map_images(database: str, output: str, constant_cameras: list[int], options: dict[str, Any]) -> None:
-    """Incremental mapping with the intrinsics of some cameras held; models go to `output/0`, `output/1`, ..."""
+def map_images(
+    database: str, output: str, constant_cameras: list[int], options: dict[str, Any], previous: str | None = None
+) -> None:
+    """Incremental mapping with the intrinsics of some cameras held; models go to `output/0`, `output/1`, ...
+
+    With a `previous` model it continues that one, whose poses stay.
+    """
     import pycolmap
 
     pycolmap.set_random_seed(0)
     options = {"random_seed": 0, "extract_colors": False, "constant_cameras": set(constant_cameras)} | options
-    pycolmap.incremental_mapping(database, Path(database).parent, output, options)
+    continued: Any = {}
+    if previous is not None:
+        continued["input_path"] = previous
+        options |= {"fix_existing_frames": True, "multiple_models": False}
+    pycolmap.incremental_mapping(database, Path(database).parent, output, options, **continued)
 
 
 def triangulate(database: str, model: str, output: str, options: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ class Model:
     """A candidate for the poses of some images."""
 
     origin: str
-    """`alignment` or `mapping`."""
+    """`alignment`, `mapping`, or `extension` of photos whose poses are known."""
     reconstruction: pycolmap.Reconstruction
     support: Support
     """Counted on the sparse matches alone, so that all candidates are compared by the same ones."""
@@ -143,7 +143,7 @@ def map_incrementally(views: Sequence[View], sparse: SparseMatches, work: Path, 
     held = [i for i, name in enumerate(names, start=1) if name in known.intrinsics]
     best: list[Model] = []
     for options in ({}, RELAXED):
-        models = _map(database, work / "models", held, {"min_model_size": 3} | options)
+        models = map_images(database, work / "models", held, {"min_model_size": 3} | options)
         models = [_polished(model, known, config) for model in models]
         models.sort(key=lambda m: (m.support.images, m.support.score), reverse=True)
         if models and (not best or models[0].support.explains_more_than(best[0].support)):
@@ -153,14 +153,23 @@ def map_incrementally(views: Sequence[View], sparse: SparseMatches, work: Path, 
     return best
 
 
-def _map(
-    database: Path, output: Path, constant_cameras: Sequence[int], options: dict[str, Any]
+def map_images(
+    database: Path,
+    output: Path,
+    constant_cameras: Sequence[int],
+    options: dict[str, Any],
+    previous: Path | None = None,
 ) -> list[pycolmap.Reconstruction]:
+    """The models of COLMAP's incremental mapping; with a `previous` one the one that continues it, whose poses stay."""
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
     paths = {"database": database.absolute(), "output": output.absolute()}
+    if previous is not None:
+        paths["previous"] = previous.absolute()
     if not run_task("map_images", **paths, constant_cameras=constant_cameras, options=options):
         return []
+    if (output / "images.bin").is_file():  # where COLMAP leaves a continued model
+        return [pycolmap.Reconstruction(output)]
     folders = sorted((folder for folder in output.iterdir() if folder.name.isdigit()), key=lambda f: int(f.name))
     return [pycolmap.Reconstruction(folder) for folder in folders]
 
