@@ -27,6 +27,7 @@ from dust3r_sfm.infer_pairs import InferConfig, computes_in_bfloat16, pick_devic
 from dust3r_sfm.models.apgem import MAX_SIDE, ApGem, load_apgem
 from dust3r_sfm.models.descriptor import EncoderDescriptor, load_descriptor
 from dust3r_sfm.models.dust3r import Dust3r
+from dust3r_sfm.pair_network import BATCH_SIZE
 from dust3r_sfm.views import DECODE_ERRORS, PATCH, View, list_images, read_views
 
 logger = logging.getLogger(__name__)
@@ -184,7 +185,7 @@ def _long_side(path: Path) -> int:
 def _describe(extractor: _Extractor, views: Sequence[View], config: InferConfig) -> Float[np.ndarray, "n d"]:
     """Rows in the views' order; views of equal sizes go through the network together."""
     rows = np.empty((len(views), extractor.network.dim), np.float32)
-    for batch in _batches(views, config.batch_size):
+    for batch in _batches(views, config.batch_size or BATCH_SIZE):
         rows[batch] = _forward(extractor, [views[i] for i in batch], config)
     return rows
 
