@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 SMALLER: tuple[tuple[str, ...], ...] = (
     (),
-    ("--infer.batch_size", "2"),
-    ("--infer.batch_size", "1", "--align.max_samples", "400"),
+    ("--infer.batch_size", "4", "--infer.max_encodings_gb", "0.5"),
+    ("--infer.batch_size", "1", "--infer.max_encodings_gb", "0.1", "--align.max_samples", "400"),
 )
 """What is added to the command line in each try; a later one continues what an earlier one has written."""
 KILLED = -signal.SIGKILL
