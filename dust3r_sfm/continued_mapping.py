@@ -17,11 +17,12 @@ from dust3r_sfm.views import View
 def continue_mapping(views: Sequence[View], sparse: SparseMatches, work: Path, config: RefineConfig) -> list[Model]:
     """The photos of known pose and those that verified matches add to them, as one model; none where none are added.
 
-    Known poses stay as they are. Photos of a size that the posed ones have begin with the median
+    Known poses, of photos whose intrinsics are known too, stay as they are. Photos of a size that the posed ones have begin with the median
     camera of these, which is then adjusted to each.
     """
     known, cameras = known_of(views), camera_guesses(views, sparse, config.camera_model)
-    poses = {v.name: v.known_cam_from_world for v in views if v.name in known.poses & set(cameras)}
+    complete = known.poses & known.intrinsics & set(cameras)
+    poses = {view.name: view.known_cam_from_world for view in views if view.name in complete}
     if len(poses) < 2 or not sparse.geometries:
         return []
     posed = Reference(

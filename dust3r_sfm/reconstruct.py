@@ -36,6 +36,7 @@ from dust3r_sfm.models.dust3r import Dust3r
 from dust3r_sfm.pairs import Matches, Pair, Predictions, SomePredictions
 from dust3r_sfm.pairs_from_retrieval import pairs_from_retrieval
 from dust3r_sfm.priors import PriorConfig, in_known_frame, with_known_depths, with_priors
+from dust3r_sfm.reference import model_folder, warn_of_missing
 from dust3r_sfm.refine_scene import photo_features, refine_photos
 from dust3r_sfm.report import write_reports
 from dust3r_sfm.scene import Scene
@@ -74,6 +75,7 @@ def main(
     num_matched: int = 20,
     pairs_file: Path | None = None,
     cameras: Path | None = None,
+    previous_model: Path | None = None,
     masks: Path | None = None,
     depths: Path | None = None,
     features: Path | None = None,
@@ -97,6 +99,8 @@ def main(
         num_matched: Partners of a photo in retrieval pairs.
         pairs_file: Text file with two image names a line, as hloc writes it, in place of the pairs above.
         cameras: Known intrinsics and poses of some or all photos: a cameras.json or the folder of a COLMAP model.
+        previous_model: A COLMAP model of some of the photos, or the output of an earlier run: its cameras and poses stay,
+            the other photos are added to it.
         masks: Folder with <image name>.png for some or all photos, black where a photo may not be used.
         depths: Known depths of some or all photos, which make the result metric: a folder with <image name>.npy in
             metres or .png in millimetres, or a cameras.json.
@@ -109,6 +113,8 @@ def main(
     """
     if (image_dir is None) == (video is None):
         raise InputError("expected either --image_dir, a folder of photos, or --video, a video file")
+    if previous_model is not None and cameras is not None:
+        raise InputError("--previous_model has the cameras already: give it or --cameras")
     check_both(features, matches)
     given = (features, matches) if features is not None and matches is not None else None
     _refuse_foreign_model(output)
@@ -120,6 +126,9 @@ def main(
                 config = replace(config, priors=replace(config.priors, share_camera="all"))
             with summary.timed("extract_frames"):
                 extract_frames(video, image_dir, config.frames)
+        if previous_model is not None:
+            cameras = model_folder(previous_model)
+            warn_of_missing(cameras, list_images(image_dir))
         network, views = _load(image_dir, model, cameras, on_bad_image, summary)
         if masks is not None:
             views = read_masks(masks, views)

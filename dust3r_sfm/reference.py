@@ -79,13 +79,27 @@ def read_reference(path: Path) -> Reference:
     """A folder of reconstruct, a COLMAP or hloc model, or a `cameras.json` (or its folder); InputError for others."""
     if path.is_file() or (path / "cameras.json").is_file():
         return _from_json(path)
-    folder = next((path / sub for sub in MODELS_BELOW if _is_model(path / sub)), path)
+    folder = model_folder(path)
     reference = reference_of_model(read_colmap(folder))
     if not reference.cameras:
         raise InputError(f"the model in {folder} has no image with a pose: nothing can be localised in it")
     if (path / "sparse" / "1").is_dir() and folder != path:
         logger.warning("%s holds several models: the first is the reference.", path / "sparse")
     return reference
+
+
+def model_folder(path: Path) -> Path:
+    """Where the COLMAP model of a folder lies: in it, or below as reconstruct, COLMAP and hloc leave it."""
+    return next((path / sub for sub in MODELS_BELOW if _is_model(path / sub)), path)
+
+
+def warn_of_missing(model: Path, names: Collection[str]) -> None:
+    """Says which images of a previous model are not among the photos: they leave it."""
+    missing = sorted(set(read_colmap(model).names) - set(names))
+    if missing:
+        logger.warning(
+            "%d images of %s are not among the photos and leave it, first %s.", len(missing), model, missing[0]
+        )
 
 
 def reference_of_model(model: pycolmap.Reconstruction) -> Reference:

@@ -33,6 +33,7 @@ from dust3r_sfm.alignment.attach import attached, in_frame_of
 from dust3r_sfm.alignment.refine import RefineConfig, Support, refine, support
 from dust3r_sfm.alignment.tracks import TrackConfig, build_tracks
 from dust3r_sfm.alignment.validation import refine_validated
+from dust3r_sfm.continued_mapping import continue_mapping
 from dust3r_sfm.export_scene import load_scene_views
 from dust3r_sfm.files import write_bytes
 from dust3r_sfm.formats.colmap import colmap_from_scene
@@ -178,7 +179,7 @@ def refine_scenes(
     """The scenes refined, by what explains more of the verified matches; `scenes` come with their dense tracks.
 
     Works in a temporary folder below `folder`. Scenes that no match verifies are adjusted on their
-    dense tracks alone. Known poses are held, and then COLMAP's mapping is not asked.
+    dense tracks alone. Known poses are held, and COLMAP's mapping continues from them.
     """
     sparse = within_masks(sparse, views)
     depth_maps = {name: maps for scene in scenes for name, maps in seen_maps(scene).items()}
@@ -194,6 +195,8 @@ def refine_scenes(
         mapped: list[Model] = []
         if all(view.known_cam_from_world is None for view in views):
             mapped = map_incrementally(views, sparse, Path(work), config)
+        else:
+            mapped = continue_mapping(views, sparse, Path(work), config)
         rival = mapped[0].support if mapped else None
         candidates = []
         for index, scene in enumerate(tqdm(scenes, desc="Refine", unit="scene", disable=None)):
