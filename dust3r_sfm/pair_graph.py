@@ -7,14 +7,16 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import numpy as np
 from jaxtyping import Float, Int
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.graph import DisjointSets
 from dust3r_sfm.pairs import Pair
 
-Reason = Literal["tree", "sequence", "key", "mutual", "neighbor"]
+Reason = Literal["tree", "sequence", "position", "key", "mutual", "neighbor"]
 """Why a pair is in the graph; of several reasons the first of these."""
 
 _Edge = tuple[int, int]
@@ -27,14 +29,16 @@ def pairs_from_neighbors(
     max_degree: int,
     links: Iterable[tuple[int, int]] = (),
     sequence_window: int = 0,
+    near: Iterable[tuple[int, int]] = (),
 ) -> dict[Pair, Reason]:
     """The pairs of a graph over the images, one direction each, with the reason for each; strongest reason first.
 
     `neighbors` are the indices of each image's nearest others, nearest first, with their `scores`; -1 stands for none.
     Taken are, in this order, and an image has at most `max_degree` pairs: a spanning tree of each part that the
-    neighbours form, of the best ranks; neighbours in the sequences of names, up to `sequence_window` apart; `links`
-    of distant images; neighbours of each other, by rank; neighbours of one side. Only where the tree cannot do
-    without them are there more than `max_degree`, so that no image that has a neighbour is left alone.
+    neighbours form, of the best ranks; neighbours in the sequences of names, up to `sequence_window` apart; images
+    taken `near` each other; `links` of distant images; neighbours of each other, by rank; neighbours of one side. Only
+    where the tree cannot do without them are there more than `max_degree`, so that no image that has a neighbour is
+    left alone.
     """
     if max_degree < 1:
         raise InputError(f"an image must be allowed at least one pair, got a limit of {max_degree}")
@@ -52,6 +56,7 @@ def pairs_from_neighbors(
                 degrees.update(edge)
 
     take(sequences, "sequence")
+    take((_edge(i, j) for i, j in near), "position")
     take((_edge(i, j) for i, j in links), "key")
     take((edge for edge in ranked if edge in mutual), "mutual")
     take(ranked, "neighbor")
@@ -80,6 +85,21 @@ def rank_edges(neighbors: Int[Tensor, "n k"], scores: Float[Tensor, "n k"]) -> t
         return edge not in mutual, sum(found) + num_ranks * (2 - len(found)), -best[edge], edge
 
     return sorted(ranks, key=order), mutual
+
+
+def nearest_positions(positions: Float[np.ndarray, "n d"], count: int) -> list[_Edge]:
+    """Each image with the `count` that were taken nearest to it, nearest pairs first; NaN where that is unknown."""
+    known = np.flatnonzero(np.isfinite(positions).all(axis=1))
+    if len(known) < 2:
+        return []
+    distances, others = cKDTree(positions[known]).query(positions[known], min(count + 1, len(known)))
+    found = {
+        _edge(int(known[i]), int(known[j])): float(distance)
+        for i, (row, js) in enumerate(zip(distances, others, strict=True))
+        for distance, j in zip(row, js, strict=True)
+        if i != j
+    }
+    return sorted(found, key=lambda edge: (found[edge], edge))
 
 
 def sequences_of(names: Sequence[str]) -> list[list[int]]:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from shutil import rmtree
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.formats.descriptors import DescriptorFile
+from dust3r_sfm.formats.exif import enu_positions, read_exif
 from dust3r_sfm.formats.pairs import write_pairs
 from dust3r_sfm.graph import connected_components, symmetrize
 from dust3r_sfm.models.dust3r import Dust3r
-from dust3r_sfm.pair_graph import Reason, pairs_from_neighbors
+from dust3r_sfm.pair_graph import Reason, nearest_positions, pairs_from_neighbors
 from dust3r_sfm.pairs import Pair
 from dust3r_sfm.retrieval.exact import Neighbors, Rows, exact_top_k, without_self
 from dust3r_sfm.retrieval.index import top_k
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 IMAGES_PER_KEY = 10
 MAX_KEYS = 20
 """Key images: one of so many images, and at most so many."""
+PLACE_SHARE = 5
+"""One of so many partners of a photo is among those taken nearest."""
 
 
 def main(
@@ -44,6 +48,7 @@ def main(
     db_descriptors: Path | tuple[Path, ...] | None = None,
     graph: bool = False,
     sequence_window: int = 0,
+    image_dir: Path | None = None,
 ) -> None:
     """Write the pairs of each query image with the database images that look most like it.
 
@@ -59,6 +64,7 @@ def main(
         db_descriptors: Descriptors of the database images, where they are in other files.
         graph: Write a connected graph over all images, of about num_matched pairs an image, in place of the lists.
         sequence_window: In the graph, pair each image with so many next ones by name too.
+        image_dir: The folder of photos: in the graph, pair each with those taken nearest, by the GPS of their EXIF.
     """
     if num_matched < 1:
         raise InputError(f"num_matched must be at least 1, got {num_matched}")
@@ -74,7 +80,8 @@ def main(
         with query_file.matrix(queries, work) as query_rows, db_file.matrix(database, work) as rows:
             neighbors = top_k(query_rows, rows, num_matched + 1, work)
             if graph:
-                pairs = list(pair_graph(database, rows, num_matched, sequence_window, neighbors))
+                places = None if image_dir is None else _gps_places(image_dir, database)
+                pairs = list(pair_graph(database, rows, num_matched, sequence_window, neighbors, places))
             else:
                 pairs = _nearest_pairs(queries, database, neighbors, num_matched)
     write_pairs(output, pairs)
@@ -89,20 +96,31 @@ def pairs_from_retrieval(
     """Pairs worth predicting among views, both directions of each: a connected graph, of those that look alike.
 
     An image has about `num_matched` partners. `model` is the network whose encoder describes the images, the shipped
-    one where not given. With `sequence_window` each is paired with so many next ones by name too.
+    one where not given. With `sequence_window` each is paired with so many next ones by name too, and
+    images whose positions are known with those taken nearest.
     """
     from dust3r_sfm.extract_descriptors import describe_views
 
     if len(views) < 2:
         raise InputError(f"{len(views)} images give no pairs: at least two are needed")
     rows = describe_views(model or Dust3r.from_pretrained(), views)
-    return symmetrize(pair_graph([view.name for view in views], rows, num_matched, sequence_window))
+    names = [view.name for view in views]
+    places = _places({v.name: v.known_position.numpy() for v in views if v.known_position is not None}, names)
+    return symmetrize(pair_graph(names, rows, num_matched, sequence_window, places=places))
 
 
 def pair_graph(
-    names: Sequence[str], rows: Rows, num_matched: int, sequence_window: int = 0, neighbors: Neighbors | None = None
+    names: Sequence[str],
+    rows: Rows,
+    num_matched: int,
+    sequence_window: int = 0,
+    neighbors: Neighbors | None = None,
+    places: Float[np.ndarray, "n 2"] | None = None,
 ) -> dict[Pair, Reason]:
-    """The graph over images from their descriptors, in rows, with the reason for each pair; one direction of each."""
+    """The graph over images from their descriptors, in rows, with the reason for each pair; one direction of each.
+
+    `places` in metres, NaN where they are not known, pair those taken nearest too: a fifth of the partners.
+    """
     if num_matched < 1:
         raise InputError(f"num_matched must be at least 1, got {num_matched}")
     if neighbors is None:
@@ -110,7 +128,20 @@ def pair_graph(
     neighbors = without_self(neighbors, torch.arange(len(names)), num_matched)
     keys = farthest_points(rows, min(len(names) // IMAGES_PER_KEY, MAX_KEYS))
     links = key_links(rows, keys)
-    return pairs_from_neighbors(names, neighbors.indices, neighbors.scores, num_matched, links, sequence_window)
+    near = [] if places is None else nearest_positions(places, max(1, num_matched // PLACE_SHARE))
+    return pairs_from_neighbors(names, neighbors.indices, neighbors.scores, num_matched, links, sequence_window, near)
+
+
+def _gps_places(image_dir: Path, names: Sequence[str]) -> Float[np.ndarray, "n 2"]:
+    fixes = {name: gps for name in names if (gps := read_exif(image_dir / name).gps) is not None}
+    logger.info("%d of %d photos have GPS positions.", len(fixes), len(names))
+    return _places(enu_positions(fixes)[1] if fixes else {}, names)
+
+
+def _places(positions: Mapping[str, Float[np.ndarray, "3"]], names: Sequence[str]) -> Float[np.ndarray, "n 2"]:
+    """Without the altitude, which GPS tells badly."""
+    unknown = np.full(3, np.nan)
+    return np.stack([np.asarray(positions.get(name, unknown), dtype=np.float64)[:2] for name in names])
 
 
 def _select(

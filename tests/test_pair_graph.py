@@ -2,13 +2,18 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 from dust3r_sfm.errors import InputError
+from dust3r_sfm.formats.descriptors import ImageDescriptor, write_descriptors
+from dust3r_sfm.formats.pairs import read_pairs
 from dust3r_sfm.graph import connected_components
-from dust3r_sfm.pair_graph import pairs_from_neighbors, rank_edges, sequences_of
+from dust3r_sfm.pair_graph import nearest_positions, pairs_from_neighbors, rank_edges, sequences_of
 from dust3r_sfm.pairs import Pair
+from dust3r_sfm.pairs_from_retrieval import main
 
 
 def nearest(points, k):
@@ -106,3 +111,34 @@ def test_each_pair_is_there_once_and_never_of_an_image_with_itself():
 def test_a_limit_of_no_pairs_is_an_error_with_a_sentence():
     with pytest.raises(InputError, match="at least one pair"):
         pairs_from_neighbors(["a", "b"], torch.tensor([[1], [0]]), torch.ones(2, 1), max_degree=0)
+
+
+def test_images_taken_near_each_other_are_paired_where_their_places_are_known():
+    """Four look alike in pairs that were taken far apart, and one has no position."""
+    places = np.array([[0.0, 0.0], [500.0, 0.0], [3.0, 0.0], [503.0, 4.0], [np.nan, np.nan]])
+    near = nearest_positions(places, 1)
+    assert near == [(0, 2), (1, 3)]
+    neighbors = torch.tensor([[1], [0], [3], [2], [0]])
+    pairs = pairs_from_neighbors(image_names(5), neighbors, torch.ones(5, 1), 4, near=near)
+    assert pairs[Pair("000.jpg", "002.jpg")] == pairs[Pair("001.jpg", "003.jpg")] == "position"
+    assert nearest_positions(np.full((3, 2), np.nan), 2) == []
+
+
+def test_gps_of_exif_pairs_photos_taken_side_by_side(tmp_path):
+    """Two and two photos along a meridian, 3 m apart and 60 m from the next, whose descriptors say nothing."""
+    names = [f"{i:02d}.jpg" for i in range(20)]
+    for i, name in enumerate(names):
+        exif = Image.Exif()
+        seconds = 2.0 * (i // 2) + 0.1 * (i % 2)
+        exif.get_ifd(ExifTags.IFD.GPSInfo).update({1: "S", 2: (33.0, 51.0, seconds), 3: "E", 4: (151.0, 12.0, 0.0)})
+        Image.new("RGB", (48, 32)).save(tmp_path / name, exif=exif)
+    rows = torch.nn.functional.normalize(torch.randn(20, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    items = [ImageDescriptor(name, name, (48, 32), row.numpy()) for name, row in zip(names, rows, strict=True)]
+    write_descriptors(tmp_path / "feats.h5", items)
+    beside = {frozenset(pair) for pair in zip(names[::2], names[1::2], strict=True)}
+    found = []
+    for image_dir in (None, tmp_path):
+        main(tmp_path / "feats.h5", tmp_path / "pairs.txt", num_matched=5, graph=True, image_dir=image_dir)
+        found.append(len(beside & {frozenset(pair) for pair in read_pairs(tmp_path / "pairs.txt", names)}))
+    assert found[0] < 6
+    assert found[1] == 10
