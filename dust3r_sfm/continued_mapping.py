@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from dust3r_sfm.alignment.refine import RefineConfig, support
 from dust3r_sfm.formats.sparse_database import SparseMatches, write_database
 from dust3r_sfm.mapping import RELAXED, Model, camera_guesses, known_of, map_images, triangulate
@@ -17,8 +15,8 @@ from dust3r_sfm.views import View
 def continue_mapping(views: Sequence[View], sparse: SparseMatches, work: Path, config: RefineConfig) -> list[Model]:
     """The photos of known pose and those that verified matches add to them, as one model; none where none are added.
 
-    Known poses, of photos whose intrinsics are known too, stay as they are. Photos of a size that the posed ones have begin with the median
-    camera of these, which is then adjusted to each.
+    Known poses, of photos whose intrinsics are known too, stay as they are. Photos of a size that
+    the posed ones have begin with the median camera of these, which is then adjusted to each.
     """
     known, cameras = known_of(views), camera_guesses(views, sparse, config.camera_model)
     complete = known.poses & known.intrinsics & set(cameras)
