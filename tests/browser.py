@@ -18,9 +18,10 @@ OFFLINE = ["--host-resolver-rules=MAP * ~NOTFOUND", "--disable-background-networ
 SOFTWARE = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]
 
 
-def shown(page, folder):
-    """The document after its scripts have run, and a screenshot of 1200 x 800 pixels; without any network."""
-    screenshot = folder / f"{page.stem}.png"
+def shown(page, folder, action=""):
+    """The document after its scripts and an action have run, and a screenshot of 1200 x 800 pixels; offline."""
+    copy, screenshot = folder / page.name, folder / f"{page.stem}.png"
+    copy.write_text(page.read_text().replace("</body>", f"<script>{action}</script></body>"))
     quiet = [
         "--headless",
         "--no-sandbox",
@@ -28,10 +29,10 @@ def shown(page, folder):
         "--hide-scrollbars",
         f"--user-data-dir={folder / 'profile'}",
     ]
-    command = [CHROMIUM, *quiet, *OFFLINE, *SOFTWARE, "--window-size=1200,800", page.as_uri()]
+    command = [CHROMIUM, *quiet, *OFFLINE, *SOFTWARE, "--window-size=1200,800", copy.as_uri()]
+    command += ["--dump-dom", f"--screenshot={screenshot}"]
     try:
-        dom = subprocess.run([*command, "--dump-dom"], capture_output=True, text=True, timeout=100, check=True).stdout
-        subprocess.run([*command, f"--screenshot={screenshot}"], capture_output=True, timeout=100, check=True)
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
     except subprocess.TimeoutExpired:
         pytest.skip("the browser did not answer in time on this machine")
     return Document(dom), screenshot

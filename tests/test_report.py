@@ -171,13 +171,16 @@ def test_of_many_images_a_part_is_drawn_and_the_page_says_so(summary, procedural
 
 @needs_browser
 def test_a_browser_draws_the_report(pages, tmp_path):
-    document, screenshot = shown(pages / "report.html", tmp_path)
+    click = "[...document.querySelectorAll('button')].find((b) => b.textContent === 'depth').click()"
+    document, screenshot = shown(pages / "report.html", tmp_path, click)
     assert document.body.get("data-ready") == "true"
     assert "data-errors" not in document.body
     assert len(document.of_class("card")) == 6
     assert len(document.of_class("node")) == 6
     assert "<b>broken</b>.jpg cannot be decoded: it ends early" in document.text
     assert "infer pairs" in document.text
+    depths = [a for tag, a in document.elements if tag == "img" and a["alt"].startswith("depth of")]
+    assert len(depths) == 4, "of the images that are registered"
     assert screenshot.stat().st_size > 5000
 
 
@@ -189,3 +192,12 @@ def test_a_browser_draws_the_pair_graph(pages, tmp_path):
     kinds = [len(document.of_class(kind)) for kind in ("kept", "half", "dropped")]
     assert kinds == [6, 0, 4]
     assert "kept, reason of photos/" in document.text, "the chosen pair tells why it was kept"
+
+
+@needs_browser
+def test_an_edge_that_is_clicked_tells_why_it_was_dropped(pages, tmp_path):
+    click = "document.querySelector('.edge.dropped').parentNode.dispatchEvent(new MouseEvent('click'))"
+    document, _ = shown(pages / "pair_graph.html", tmp_path, click)
+    assert "data-errors" not in document.body
+    assert "not matched, as it was dropped" in document.text
+    assert "dropped, reason of photos/" in document.text

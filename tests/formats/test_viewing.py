@@ -154,10 +154,11 @@ def test_points_are_shared_among_models_and_photos_of_many_are_few(scene, proced
 
 @needs_browser
 def test_a_browser_draws_the_cloud(page, tmp_path):
-    document, screenshot = shown(page, tmp_path)
+    document, screenshot = shown(page, tmp_path, "document.querySelectorAll('.strip button')[1].click()")
     assert document.body.get("data-ready") == "true"
     assert "data-errors" not in document.body
     assert "3 cameras" in document.text
+    assert document.text.count("photos/001.jpg") == 1, "the image that was clicked"
     with Image.open(screenshot) as picture:
         pixels = np.asarray(picture.convert("RGB"), dtype=int)[100:700, 350:1150]
     assert (np.ptp(pixels, axis=-1) > 30).mean() > 0.05, "the background is gray, the room is coloured"
