@@ -99,8 +99,8 @@ def main(
         num_matched: Partners of a photo in retrieval pairs.
         pairs_file: Text file with two image names a line, as hloc writes it, in place of the pairs above.
         cameras: Known intrinsics and poses of some or all photos: a cameras.json or the folder of a COLMAP model.
-        previous_model: A COLMAP model of some of the photos, or an earlier output: its cameras and poses stay, the other
-            photos are added to it.
+        previous_model: A COLMAP model of some of the photos, or an earlier output: its cameras and poses stay, and the
+            other photos are added.
         masks: Folder with <image name>.png for some or all photos, black where a photo may not be used.
         depths: Known depths of some or all photos, which make the result metric: a folder with <image name>.npy in
             metres or .png in millimetres, or a cameras.json.

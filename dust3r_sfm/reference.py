@@ -95,7 +95,7 @@ def model_folder(path: Path) -> Path:
 
 def warn_of_missing(model: Path, names: Collection[str]) -> None:
     """Says which images of a previous model are not among the photos: they leave it."""
-    missing = sorted(set(read_colmap(model).names) - set(names))
+    missing = sorted({image.name for image in read_colmap(model).images.values()} - set(names))
     if missing:
         logger.warning(
             "%d images of %s are not among the photos and leave it, first %s.", len(missing), model, missing[0]
