@@ -29,6 +29,23 @@ def regression_error(
     return (predicted - truth).norm(dim=-1)
 
 
+def log_space_error(
+    predicted: Float[Tensor, "b 2 h w 3"], truth: Float[Tensor, "b 2 h w 3"], valid: Bool[Tensor, "b 2 h w"]
+) -> Float[Tensor, "b 2 h w"]:
+    """As `regression_error`, but what is near counts as much as what is far.
+
+    Each side is divided by the geometric mean of its distances, which a far background hardly moves, and distances d
+    become log(1 + d).
+    """
+    compressed = []
+    for points in (predicted, truth):
+        distance = points.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+        logs = torch.where(valid[..., None], distance.log(), 0.0).sum((1, 2, 3, 4))
+        distance_to_one = (-logs / valid.sum((1, 2, 3)).clamp(min=1)).exp()[:, None, None, None, None]
+        compressed.append(points * ((distance * distance_to_one).log1p() / distance))
+    return (compressed[0] - compressed[1]).norm(dim=-1)
+
+
 def ray_error(
     predicted: Float[Tensor, "b 2 h w 3"],
     truth: Float[Tensor, "b 2 h w 3"],

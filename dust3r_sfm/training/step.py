@@ -15,6 +15,7 @@ from dust3r_sfm.training.batches import Batch, Source, make_batch
 from dust3r_sfm.training.config import LoopConfig
 from dust3r_sfm.training.losses import (
     confidence_loss,
+    log_space_error,
     masked_mean,
     ray_error,
     regression_error,
@@ -37,6 +38,7 @@ def objective(
     centers: Float[Tensor, "d 3"],
     alpha: float,
     rays: float = 0.0,
+    log_space: bool = False,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " 4"]]:
     """The confidence-aware loss with `rays` times that of directions, and the first four of REPORT.
 
@@ -44,7 +46,7 @@ def objective(
     learned there, only that the confidence is low.
     """
     predicted, confidence = stack_prediction(prediction)
-    error = regression_error(predicted, truth, valid)
+    error = (log_space_error if log_space else regression_error)(predicted, truth, valid)
     alien = apart[:, None, None, None].expand_as(valid)
     known = valid & ~alien
     loss = confidence_loss(torch.where(alien, 1.0, error), confidence, valid | alien, alpha)
@@ -75,8 +77,8 @@ def pair_loss(
     maps = (getattr(prediction, field.name) for field in dataclasses.fields(prediction))
     prediction = PairPrediction(*(_one_row(values, 1) for values in maps))
     truth, valid = _one_row(batch.truth, 2), _one_row(batch.valid, 2)
-    weights = config.confidence_alpha, config.rays
-    loss, report = objective(prediction, truth, valid, batch.apart, batch.centers, *weights)
+    settings = config.confidence_alpha, config.rays, config.log_space
+    loss, report = objective(prediction, truth, valid, batch.apart, batch.centers, *settings)
     matching = loss.new_zeros(())
     if config.matching:
         matching = token_matching_loss(matcher(first.features), matcher(second.features), batch.targets)

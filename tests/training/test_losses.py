@@ -10,6 +10,7 @@ import torch
 from dust3r_sfm.pairs import PairPrediction
 from dust3r_sfm.training.losses import (
     confidence_loss,
+    log_space_error,
     masked_mean,
     mean_distance,
     ray_error,
@@ -202,4 +203,29 @@ def test_directions_have_finite_gradients_at_the_camera():
     predicted = torch.zeros((1, 2, 2, 2, 3), requires_grad=True)
     truth, valid = torch.ones((1, 2, 2, 2, 3)), torch.ones((1, 2, 2, 2), dtype=torch.bool)
     ray_error(predicted, truth, valid, torch.zeros(1, 3)).sum().backward()
+    assert predicted.grad.isfinite().all()
+
+
+def test_in_log_space_scale_is_free_and_near_counts_as_far():
+    g = torch.Generator().manual_seed(0)
+    truth = torch.randn((2, 2, 6, 8, 3), generator=g) + torch.tensor([0.0, 0.0, 4.0])
+    truth[:, :, :, :4] *= 100.0  # half of each view is far away
+    valid = torch.ones(truth.shape[:-1], dtype=torch.bool)
+    assert log_space_error(7.0 * truth, truth, valid).max() < 1e-5
+    near, far = truth.clone(), truth.clone()
+    near[:, :, :, 4:] *= 1.2
+    far[:, :, :, :4] *= 1.2
+    errors = [log_space_error(wrong, truth, valid).mean() for wrong in (near, far)]
+    assert errors[0].item() == pytest.approx(errors[1].item(), rel=0.3)
+    assert errors[0] > 5 * regression_error(near, truth, valid).mean()
+    hidden = truth.clone()
+    hidden[0, 0, 0, 0] = 1e6
+    valid[0, 0, 0, 0] = False
+    assert torch.allclose(log_space_error(hidden, truth, valid)[valid], torch.zeros(()), atol=1e-5)
+
+
+def test_in_log_space_gradients_are_finite_without_points():
+    predicted = torch.zeros((1, 2, 2, 2, 3), requires_grad=True)
+    truth, valid = torch.ones((1, 2, 2, 2, 3)), torch.zeros((1, 2, 2, 2), dtype=torch.bool)
+    log_space_error(predicted, truth, valid).sum().backward()
     assert predicted.grad.isfinite().all()
