@@ -24,7 +24,7 @@ from dust3r_sfm.scene import Scene, Tracks
 
 def write_colmap(
     scene: Scene,
-    folder: Path,
+    folder: Path | str,
     text: bool = False,
     shared_camera: bool = False,
     first_id: int = 1,
@@ -39,7 +39,7 @@ def write_colmap(
     """
     if text:
         check_text_names(scene.names)
-    write_model(colmap_from_scene(scene, shared_camera, first_id, more_keypoints, equal_share=True), folder, text)
+    write_model(colmap_from_scene(scene, shared_camera, first_id, more_keypoints, equal_share=True), Path(folder), text)
 
 
 def write_model(reconstruction: pycolmap.Reconstruction, folder: Path, text: bool = False) -> None:
@@ -71,7 +71,7 @@ def check_text_names(names: Iterable[str]) -> None:
         raise InputError(f"a text model cannot hold image names with blanks, such as {blank!r}: rename, or omit text")
 
 
-def read_colmap(folder: Path) -> pycolmap.Reconstruction:
+def read_colmap(folder: Path | str) -> pycolmap.Reconstruction:
     """The COLMAP model in a folder, .bin or .txt; InputError where there is none, or names the file that is broken."""
     folder = Path(folder)
     if not folder.is_dir():
