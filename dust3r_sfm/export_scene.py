@@ -30,6 +30,7 @@ from dust3r_sfm.formats.masks import read_masks, write_masks
 from dust3r_sfm.formats.matches import read_matches
 from dust3r_sfm.formats.nerfstudio import write_gsplat, write_nerfstudio
 from dust3r_sfm.formats.pointclouds import dense_cloud, write_ply
+from dust3r_sfm.formats.scene_page import write_scene_page
 from dust3r_sfm.formats.scenes import read_scenes
 from dust3r_sfm.formats.undistortion import straight_views
 from dust3r_sfm.pairs import Matches, Pair
@@ -39,7 +40,7 @@ from dust3r_sfm.views import SQUARE_CROP_SIZE, KnownCamera, View, load_views
 logger = logging.getLogger(__name__)
 
 
-Format = Literal["colmap", "database", "ply", "glb", "dense", "depths", "nerfstudio", "gsplat", "hloc", "masks"]
+Format = Literal["colmap", "database", "ply", "glb", "html", "dense", "depths", "nerfstudio", "gsplat", "hloc", "masks"]
 
 FOLDERS = {"dense", "depths", "nerfstudio", "gsplat"}
 """Formats that are a folder for each scene."""
@@ -48,9 +49,10 @@ FOLDERS = {"dense", "depths", "nerfstudio", "gsplat"}
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     formats: tuple[Format, ...] = ("colmap", "database", "ply")
-    """What to write: colmap: sparse/0, ...; database: database.db; ply: points.ply; glb: scene.glb; dense: COLMAP's
-    dense workspace; depths: depth and confidence; nerfstudio, gsplat: folders to train on; hloc: its feature and
-    match files; masks: by COLMAP's names."""
+    """What to write: colmap: sparse/0, ...; database: database.db; ply: points.ply; glb: scene.glb, for any 3-D
+    viewer; html: scene.html, cloud and cameras in a page that opens offline; dense: COLMAP's dense workspace; depths:
+    depth and confidence; nerfstudio, gsplat: folders to train on; hloc: its feature and match files; masks: by
+    COLMAP's names."""
     downscale: tuple[int, ...] = ()
     """Factors of the smaller copies in images_2, ... of nerfstudio and gsplat."""
     depth_kind: Literal["npy", "png"] = "npy"
@@ -135,6 +137,8 @@ def export_scenes(
             write_colmap(scene, output / "sparse" / str(index), text=text, first_id=first_id, more_keypoints=more)
         _write_clouds(scene, views, output, index, config.formats)
         _write_folders(scene, views, image_dir, {kind: folders[kind][index] for kind in folders}, config)
+    if "html" in config.formats:
+        write_scene_page(output / "scene.html", scenes, views)
     if "hloc" in config.formats:
         write_hloc(seen_views, matches, output / "hloc")
     if "masks" in config.formats:

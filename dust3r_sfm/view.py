@@ -19,6 +19,7 @@ from dust3r_sfm.export_scene import load_scene_views
 from dust3r_sfm.formats.pictures import colorize, nearness
 from dust3r_sfm.formats.scene_page import write_scene_page
 from dust3r_sfm.formats.scenes import read_scenes
+from dust3r_sfm.formats.undistortion import straight_views
 from dust3r_sfm.formats.viewing import Edge, certainty, outlook, viewed_cloud
 from dust3r_sfm.geometry.transforms import camera_center, inverse
 from dust3r_sfm.scene import Scene
@@ -94,7 +95,8 @@ def load_run(folder: Path, image_dir: Path | None = None) -> tuple[list[Scene], 
     for pair in summary.get("pairs", []):
         key = tuple(sorted((pair["name0"], pair["name1"])))
         kept[key] = kept.get(key, False) or pair["kept"]
-    return scenes, load_scene_views(scenes, image_dir), [Edge(*names, is_kept) for names, is_kept in kept.items()]
+    views = straight_views(load_scene_views(scenes, image_dir), scenes)
+    return scenes, views, [Edge(*names, is_kept) for names, is_kept in kept.items()]
 
 
 def serve(

@@ -145,7 +145,7 @@ def test_every_format_is_written_from_the_command_line_and_reads_the_same_model(
     files = files_below(run / "out")
     names = ["000", "001", "002"]
     assert set(files) >= {
-        *("sparse/0/cameras.bin", "database.db", "points.ply", "scene.glb", "dense/sparse/cameras.bin"),
+        *("sparse/0/cameras.bin", "database.db", "points.ply", "scene.glb", "scene.html", "dense/sparse/cameras.bin"),
         *("dense/stereo/fusion.cfg", "depths/units.json", "nerfstudio/transforms.json", "nerfstudio/sparse_pc.ply"),
         *("gsplat/sparse/0/points3D.bin", "hloc/pairs.txt", "hloc/feats.h5", "hloc/matches.h5"),
         *(f"dense/images/photos/{n}.png" for n in names),

@@ -86,7 +86,7 @@ function showSettings() {
     el("h3", {}, "Size of points"), range(0.3, 4, 0.1, state.size, (value) => { state.size = value; draw(); }),
     el("h3", {}, "Size of cameras"), range(0.2, 4, 0.1, state.cameraSize, (value) => { state.cameraSize = value; layCameras(); }),
     box("cameras", "cameras"), box("photos", "photos"),
-    box("kept", `pairs kept (${count(kept)})`), box("dropped", `pairs dropped (${count(edges.length - kept)})`),
+    ...(edges.length ? [box("kept", `pairs kept (${count(kept)})`), box("dropped", `pairs dropped (${count(edges.length - kept)})`)] : []),
     el("h3", {}, "Images"),
     el("div", { class: "strip" }, cameras.map((camera, i) => el("button", { type: "button", title: camera.name, onclick: () => choose(i) },
       camera.photo ? el("img", { src: camera.photo, alt: camera.name }) : camera.name))));
