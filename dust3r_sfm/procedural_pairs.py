@@ -9,6 +9,7 @@ import torch
 from dust3r_sfm.formats.dev_pairs import DevPairs, DevView
 from dust3r_sfm.geometry.camera import pixel_grid
 from dust3r_sfm.training.augment import augment
+from dust3r_sfm.training.render import load_kernel
 from dust3r_sfm.training.synthetic import TrainingPairs, sample_pairs
 from dust3r_sfm.training.textures import generated_textures, photo_textures, with_mipmaps
 from dust3r_sfm.training.world import Dice
@@ -37,10 +38,11 @@ def procedural_pairs(
     if textures is not None:
         images = torch.cat([images, photo_textures(textures)])
     atlas, dice, views = with_mipmaps(images.to(device)), Dice(device, SEED), []
+    kernel = load_kernel("cpu") if torch.device(device).type == "cpu" else None
     height = round(0.75 * long_side / PATCH) * PATCH
     for start in range(0, count, BATCH):
         with torch.no_grad():
-            pairs = sample_pairs(dice, min(BATCH, count - start), height, long_side, atlas, SAMPLES)
+            pairs = sample_pairs(dice, min(BATCH, count - start), height, long_side, atlas, SAMPLES, kernel)
             views += _views(pairs, augment(dice, pairs.images))
     across = tuple((2 * i, (2 * i + 3) % (2 * count)) for i in range(count)) if count > 1 else ()
     return DevPairs(tuple(views), tuple((2 * i, 2 * i + 1) for i in range(count)), across)
