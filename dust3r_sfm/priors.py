@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dust3r_sfm.alignment.anchoring import placed, positions_of
+from dust3r_sfm.alignment.anchoring import num_agreeing, placed, positions_of
 from dust3r_sfm.alignment.attach import moved
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.formats.cameras_json import read_cameras_json, read_depth
@@ -73,10 +73,13 @@ def with_known_depths(views: Sequence[View], folder: Path) -> list[View]:
     return [dataclasses.replace(v, known_depth=_on_net(v, maps[v.name])) if v.name in maps else v for v in views]
 
 
-def in_known_frame(scenes: Sequence[Scene], views: Sequence[View]) -> tuple[list[Scene], list[dict[str, Any]]]:
+def in_known_frame(
+    scenes: Sequence[Scene], views: Sequence[View], anchored: Collection[str] = ()
+) -> tuple[list[Scene], list[dict[str, Any]]]:
     """Each scene where its cameras' positions put it, else in the unit of known depths; and what was done to each.
 
-    Known poses have fixed the frame already. A scene without enough positions or depths stays.
+    Known poses have fixed the frame already, as has the adjustment of the `anchored` images to
+    their positions. A scene without enough positions or depths stays.
     """
     positions = positions_of(views)
     has_poses = sum(view.known_cam_from_world is not None for view in views) >= 2
@@ -84,10 +87,11 @@ def in_known_frame(scenes: Sequence[Scene], views: Sequence[View]) -> tuple[list
     for scene in scenes:
         found, line = scene, {"frame": "known poses" if has_poses else "arbitrary"}
         if not has_poses:
-            found, placement = placed(scene, positions)
-            if placement is not None:
-                line = {"frame": "positions", "agreeing": int(placement.agreeing.sum())}
-                line |= {"positions": len(placement.agreeing), "scale": placement.scale}
+            in_frame = not set(scene.names).isdisjoint(anchored)
+            found, placement = (scene, None) if in_frame else placed(scene, positions)
+            if in_frame or placement is not None:
+                num_positions = sum(name in positions for name in scene.names)
+                line = {"frame": "positions", "positions": num_positions, "agreeing": num_agreeing(found, positions)}
             elif (scale := depth_scale(scene, views)) is not None:
                 eye, zero = torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
                 found = moved(scene, torch.tensor(scale, dtype=torch.float64), eye, zero)

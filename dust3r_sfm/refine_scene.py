@@ -19,7 +19,7 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,12 +209,12 @@ def refine_scenes(
         candidates += mapped
     chosen = choose(candidates)
     chosen = [_settled(model, views, config) for model in chosen]
-    chosen = [_anchored(model, views, config) for model in chosen]
-    refined = [_refined_scene(model, views, scenes, depth_maps, matches, tracks) for model in chosen]
+    chosen, in_frame = _anchored(chosen, views, config)
+    refined = [_refined_scene(model, views, scenes, depth_maps, matches, tracks, in_frame) for model in chosen]
     covered = {name for scene in refined for name in scene.names}
     refined += [_densely_refined(s, views, depth_maps, config) for s in scenes if not covered & set(s.names)]
     refined.sort(key=lambda scene: len(scene.names), reverse=True)
-    refined, figures["frames"] = in_known_frame(refined, views)
+    refined, figures["frames"] = in_known_frame(refined, views, in_frame)
     figures["chosen"] = [{"origin": m.origin, "after": _figures(m.support)} for m in chosen]
     return Refinement(refined, figures)
 
@@ -250,12 +250,19 @@ def _settled(model: Model, views: Sequence[View], config: RefineConfig) -> Model
     return Model(model.origin, settled, support(settled, config))
 
 
-def _anchored(model: Model, views: Sequence[View], config: RefineConfig) -> Model:
-    positions = positions_of(views)
-    if not positions or any(view.known_cam_from_world is not None for view in views):
-        return model
-    found = anchored(model.reconstruction, positions, config, known_of(views).intrinsics)
-    return Model(model.origin, found, support(found, config))
+def _anchored(models: Sequence[Model], views: Sequence[View], config: RefineConfig) -> tuple[list[Model], set[str]]:
+    """The models in the frame of known positions, where these tell one, and the names of all images that are in it."""
+    positions, known, in_frame = positions_of(views), known_of(views), set()
+    if not positions or known.poses:
+        return list(models), in_frame
+    result = []
+    for model in models:
+        found = anchored(model.reconstruction, positions, config, known.intrinsics)
+        if found is not None:
+            in_frame |= model.names
+            model = Model(model.origin, found, support(found, config))  # noqa: PLW2901
+        result.append(model)
+    return result, in_frame
 
 
 def _refined_scene(
@@ -265,12 +272,16 @@ def _refined_scene(
     depth_maps: DepthMaps,
     matches: Mapping[Pair, Matches],
     config: TrackConfig,
+    in_frame: Collection[str],
 ) -> Scene:
-    """The scene of a chosen model, in the frame of the aligned one that it shares most images with, and its images."""
+    """The scene of a chosen model, with the images of the aligned one that it shares most with and in its frame.
+
+    Images `in_frame` are in one that is known.
+    """
     scene = scene_from_colmap(model.reconstruction, views, depth_maps)
     aligned = max(scenes, key=lambda s: len(set(s.names) & model.names), default=None)
     if aligned is not None and set(aligned.names) & model.names:
-        if model.origin == "mapping":
+        if model.origin == "mapping" and model.names.isdisjoint(in_frame):
             scene = in_frame_of(scene, aligned)
         scene = attached(scene, aligned)
     dense = build_tracks(scene, matches, views, config).tracks

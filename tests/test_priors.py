@@ -99,12 +99,15 @@ def test_metres_east_north_and_up_of_the_middle():
     assert origin.altitude_m == 12.0
 
 
-def test_noise_of_positions_does_not_bend_a_model(procedural, observed):
+@pytest.mark.parametrize("stated", [3.0, 1.5])
+def test_noise_of_positions_does_not_bend_a_model(procedural, observed, stated):
     adjusted = refine(colmap_from_scene(observed)).reconstruction
     before = shape_error(centers_of(adjusted), true_positions(procedural))
-    result = anchored(adjusted, measured(procedural, sigma=3.0), RefineConfig())
+    positions = measured(procedural, sigma=3.0)
+    sigmas = torch.full((3,), stated, dtype=torch.float64)
+    result = anchored(adjusted, {name: (p, sigmas) for name, (p, _) in positions.items()}, RefineConfig())
     after = shape_error(centers_of(result), true_positions(procedural))
-    noisy = torch.stack([position for position, _ in measured(procedural, 3.0).values()])
+    noisy = torch.stack([position for position, _ in positions.values()])
     assert after < before + 0.005
     assert after < 0.05 * shape_error(noisy, true_positions(procedural))
     assert support(result).score > 0.99 * support(adjusted).score

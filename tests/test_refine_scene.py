@@ -16,6 +16,7 @@ from dust3r_sfm.formats.colmap import colmap_from_scene
 from dust3r_sfm.formats.colmap_scenes import seen_maps
 from dust3r_sfm.formats.sparse_database import SparseMatches
 from dust3r_sfm.geometry.lens import Lens, bent
+from dust3r_sfm.geometry.transforms import camera_center
 from dust3r_sfm.match_dense import match_dense
 from dust3r_sfm.pairs import Pair
 from dust3r_sfm.refine_scene import closing_line, refine_scenes
@@ -137,9 +138,17 @@ def test_without_verified_matches_dense_tracks_alone_are_adjusted(procedural, ob
     assert report(found.scenes[0], procedural).auc[1] > max(0.9, report(aligned, procedural).auc[1])
 
 
-def test_matches_find_images_that_the_alignment_lacks(procedural, observed, views, tmp_path):
+def test_matches_find_images_that_the_alignment_lacks_where_gps_saw_them(procedural, observed, views, tmp_path):
+    sigma = torch.full((3,), 0.2, dtype=torch.float64)
+    places = 10 * procedural.centers.double()
+    views = [
+        dataclasses.replace(v, known_position=place, position_sigma=sigma)
+        for v, place in zip(views, places, strict=True)
+    ]
     found = refine_scenes(views, [], {}, sparse_of(observed), tmp_path)
     (scene,) = found.scenes
+    assert found.figures["frames"] == [{"frame": "positions", "positions": NUM_VIEWS, "agreeing": NUM_VIEWS}]
+    assert (camera_center(scene.cam_from_world.double()) - places).norm(dim=1).max() < 0.2
     assert report(scene, procedural).auc[1] > 0.93
     assert (scene.confidence[0] == 0).all()
 

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from dust3r_sfm.alignment.attach import moved
 from dust3r_sfm.alignment.refine import RefineConfig, solver_options, support
-from dust3r_sfm.geometry.positions import Placement, place_cameras
+from dust3r_sfm.geometry.positions import MAX_SIGMAS, Placement, place_cameras
 from dust3r_sfm.geometry.transforms import camera_center
 from dust3r_sfm.scene import Scene
 from dust3r_sfm.views import View
 
 UNBENT = 0.995
 """Share of a model's score that must be left when its cameras follow their positions."""
+USUAL_SIGMAS = 1.54
+"""Median length of a vector of three numbers of unit variance."""
 PRIOR_LOSS_SIGMAS = 3.0
 
 Positions = Mapping[str, tuple[Float[Tensor, "3"], Float[Tensor, "3"]]]
@@ -39,35 +41,51 @@ def anchored(
     positions: Positions,
     config: RefineConfig,
     constant_intrinsics: Collection[str] = (),
-) -> pycolmap.Reconstruction:
+) -> pycolmap.Reconstruction | None:
     """The model in the frame of its cameras' positions, adjusted to them and its points by their standard deviations.
 
     It is not adjusted where the points then explain less: noise of positions does not bend a model.
-    As it is where the positions tell no frame.
+    None where the positions tell no frame.
     """
     images = {reconstruction.image(i).name: reconstruction.image(i) for i in sorted(reconstruction.reg_image_ids())}
     poses = torch.eye(4, dtype=torch.float64).repeat(len(images), 1, 1)
     poses[:, :3] = torch.from_numpy(np.stack([image.cam_from_world().matrix() for image in images.values()]))
     placement = _placement(list(images), poses, positions)
     if placement is None:
-        return reconstruction
+        return None
     result = pycolmap.Reconstruction(reconstruction)
     rotation = pycolmap.Rotation3d(placement.rotation.numpy())
     result.transform(pycolmap.Sim3d(placement.scale, rotation, placement.translation.numpy()))
     measured = [name for name in images if name in positions]
     agreeing = [name for name, agrees in zip(measured, placement.agreeing.tolist(), strict=True) if agrees]
+    believed = _believed(result, {name: positions[name] for name in agreeing})
     adjusted = pycolmap.Reconstruction(result)
-    if not _adjust_to(adjusted, {name: positions[name] for name in agreeing}, config, constant_intrinsics):
+    if not _adjust_to(adjusted, believed, config, constant_intrinsics):
         return result
     before, after = support(result, config), support(adjusted, config)
     is_unbent = after.images >= before.images and after.score >= UNBENT * before.score
     return adjusted if is_unbent else result
 
 
+def num_agreeing(scene: Scene, positions: Positions) -> int:
+    """How many cameras stand within `MAX_SIGMAS` standard deviations of their position."""
+    centers = camera_center(scene.cam_from_world.double())
+    known = [(centers[i], *positions[name]) for i, name in enumerate(scene.names) if name in positions]
+    return sum(bool(((center - position) / sigma).norm() <= MAX_SIGMAS) for center, position, sigma in known)
+
+
 def positions_of(views: Iterable[View]) -> Positions:
     """The positions of the views that have one."""
     known = ((view.name, view.known_position, view.position_sigma) for view in views)
     return {n: (position, sigma) for n, position, sigma in known if position is not None and sigma is not None}
+
+
+def _believed(reconstruction: pycolmap.Reconstruction, positions: Positions) -> Positions:
+    """The positions with standard deviations no smaller than what they are off by on the whole."""
+    center_of = {image.name: image.projection_center() for image in reconstruction.images.values()}
+    off = [(torch.from_numpy(center_of[n]) - p) / sigma for n, (p, sigma) in positions.items()]
+    usual = float(torch.stack(off).norm(dim=1).median()) / USUAL_SIGMAS
+    return {name: (position, sigma * max(1.0, usual)) for name, (position, sigma) in positions.items()}
 
 
 def _placement(names: Sequence[str], cam_from_world: Float[Tensor, "n 4 4"], positions: Positions) -> Placement | None:
