@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 BENCHMARKS = {
     "alignment": "Global alignment, against descent on the published objective.",
+    "inference": "Directed pairs a second, the share of the device's roof, and where the time goes.",
+    "matching": "Matching two pointmaps: time, and the share of an exact search's matches.",
     "report": "The pages of a run over many photos: time and size.",
     "engine": "What many images cost the process that drives a run, with a network that does nothing.",
     "interruptions": "Stages that are killed at random moments, compared with runs that are not.",
