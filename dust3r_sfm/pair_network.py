@@ -66,6 +66,7 @@ class PairNetwork:
         self.reduction = reduction
         self.max_bytes = config.max_encodings_gb * 2**30
         self.encodings: OrderedDict[str, Tokens] = OrderedDict()
+        self.num_bytes = 0  # of the encodings: counted as they come and go, as there may be many
         self.pass_of = {pair: i for i, one in enumerate(passes) for pair in one.pairs}
         self.left = Counter((i, name) for i, one in enumerate(passes) for pair in one.pairs for name in pair)
         # always the same images together, so that a run that continues gives what one run gives, bit by bit
@@ -135,16 +136,19 @@ class PairNetwork:
         tokens = self.model.with_finest(Tokens(encoded.features.to(self.dtype), encoded.grid))
         for i, view in enumerate(views):
             finest0, finest1 = (None if maps is None else maps[i : i + 1].clone() for maps in tokens.finest)
-            self.encodings[view.name] = Tokens(tokens.features[i : i + 1].clone(), tokens.grid, (finest0, finest1))
+            own = Tokens(tokens.features[i : i + 1].clone(), tokens.grid, (finest0, finest1))
+            self.num_bytes += _bytes_of(own) - (
+                _bytes_of(self.encodings[view.name]) if view.name in self.encodings else 0
+            )
+            self.encodings[view.name] = own
 
     def _forget(self, turn: int, needed: set[str]) -> None:
         """Drop encodings until the rest fits: first those that no pair of the pass waits for, then the oldest."""
-        size = sum(map(_bytes_of, self.encodings.values()))
-        if size <= self.max_bytes:
+        if self.num_bytes <= self.max_bytes:
             return
         for name in sorted(self.encodings, key=lambda name: self.left[turn, name] > 0):
-            if size > self.max_bytes and name not in needed:
-                size -= _bytes_of(self.encodings.pop(name))
+            if self.num_bytes > self.max_bytes and name not in needed:
+                self.num_bytes -= _bytes_of(self.encodings.pop(name))
 
 
 def encoding_capacity(model: Dust3rConfig, views: Sequence[View], config: InferConfig) -> int:

@@ -102,9 +102,7 @@ def _interrupt(
         out = before.with_name("killed")
         shutil.copytree(before, out)
         run = _start(stage, image_dir, out)
-        time.sleep(moments.uniform(0, seconds))
-        os.kill(run, signal.SIGKILL)
-        killed += os.waitpid(run, 0)[1] != 0
+        killed += _kill_after(run, moments.uniform(0, seconds))
         time.sleep(0.2)  # COLMAP's process sees it
         shards = {path: path.stat().st_mtime_ns for path in out.rglob("*.shards/*.h5")}
         _wait(_start(stage, image_dir, out))
@@ -130,6 +128,17 @@ def _start(stage: str, image_dir: Path, out: Path) -> int:
 
         os._exit(run([stage, *arguments]))
     return child
+
+
+def _kill_after(run: int, seconds: float) -> bool:
+    """Whether the run was still at work then."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        if os.waitpid(run, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.002)
+    os.kill(run, signal.SIGKILL)
+    return os.waitpid(run, 0)[1] != 0
 
 
 def _wait(run: int) -> None:
