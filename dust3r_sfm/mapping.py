@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 SHARED_SCORE = 0.995
 """One camera for all photos of a size is taken where the model explains at least this share of what several do."""
+MAX_SHARED_TRY = 40
+"""Up to so many images are always mapped with shared cameras, too."""
 RESECTION_ERROR_PX = 12.0
 MIN_RESECTED = 15
 """Points that have to agree on the pose of an image that saw too few, within so many pixels (COLMAP's own)."""
@@ -132,14 +134,41 @@ def map_incrementally(views: Sequence[View], sparse: SparseMatches, work: Path, 
     """The models of COLMAP's incremental mapping, most verified images first; none where it finds none.
 
     Where images stay out it is tried again with milder thresholds, and what explains more is taken.
+    Of few images, or where some stay out, it is also tried with one camera for all photos of a size
+    from the start: a few images leave their focals open, and what has fewer unknowns is more often right.
     """
     guesses = camera_guesses(views, sparse, config.camera_model)
     names = [view.name for view in views if view.name in guesses]
     if len(names) < 2 or not sparse.geometries:
         return []
     known = known_of(views)
+    best = _map_guesses(names, guesses, None, sparse, work, known, config)
+    sizes = [(guesses[name].width, guesses[name].height) for name in names]
+    is_open = not known.intrinsics and known.groups is None and len(set(sizes)) < len(sizes)
+    if is_open and (len(names) <= MAX_SHARED_TRY or not best or best[0].support.images < len(names)):
+        shared = _map_guesses(names, guesses, [sizes.index(s) + 1 for s in sizes], sparse, work, known, config)
+        if shared and (not best or _as_good(shared[0].support, best[0].support)):
+            return shared
+    return best
+
+
+def _as_good(shared: Support, own: Support) -> bool:
+    """Whether one camera for all photos of a size explains about as much as several."""
+    return shared.explains_more_than(own) or (shared.images >= own.images and shared.score >= SHARED_SCORE * own.score)
+
+
+def _map_guesses(
+    names: Sequence[str],
+    guesses: Mapping[str, pycolmap.Camera],
+    camera_ids: Sequence[int] | None,
+    sparse: SparseMatches,
+    work: Path,
+    known: Known,
+    config: RefineConfig,
+) -> list[Model]:
+    """The better of two tries, the second one with milder thresholds where images stay out."""
     database = work / "mapping.db"
-    write_database(database, names, [guesses[name] for name in names], sparse)
+    write_database(database, names, [guesses[name] for name in names], sparse, camera_ids)
     held = [i for i, name in enumerate(names, start=1) if name in known.intrinsics]
     best: list[Model] = []
     for options in ({}, RELAXED):

@@ -45,17 +45,26 @@ def read_database(path: Path) -> SparseMatches:
     return SparseMatches(keypoints, geometries, {names[i]: cameras[images[i].camera_id] for i in found}, descriptors)
 
 
-def write_database(path: Path, names: Sequence[str], cameras: Sequence[pycolmap.Camera], sparse: SparseMatches) -> None:
+def write_database(
+    path: Path,
+    names: Sequence[str],
+    cameras: Sequence[pycolmap.Camera],
+    sparse: SparseMatches,
+    camera_ids: Sequence[int] | None = None,
+) -> None:
     """A new database of the named images, each with its own camera; image i and its camera have id i + 1.
 
-    Matches of other images are left out. An earlier database at the path is replaced.
+    With `camera_ids` images share cameras, that of the image of the same id. Matches of other
+    images are left out. An earlier database at the path is replaced.
     """
     for suffix in ("", "-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     ids = {name: i for i, name in enumerate(names, start=1)}
     with pycolmap.Database.open(path) as database, pycolmap.DatabaseTransaction(database):
-        for (name, i), camera in zip(ids.items(), cameras, strict=True):
-            _write_image(database, i, name, camera, sparse.keypoints.get(name, np.zeros((0, 2))))
+        for (name, i), camera, camera_id in zip(ids.items(), cameras, camera_ids or ids.values(), strict=True):
+            if camera_id == i:
+                _write_camera(database, i, camera)
+            _write_image(database, i, name, camera_id, sparse.keypoints.get(name, np.zeros((0, 2))))
         for pair, geometry in sparse.geometries.items():
             if pair.name0 in ids and pair.name1 in ids:
                 i, j = ids[pair.name0], ids[pair.name1]
@@ -63,9 +72,7 @@ def write_database(path: Path, names: Sequence[str], cameras: Sequence[pycolmap.
                 database.write_two_view_geometry(i, j, geometry)
 
 
-def _write_image(
-    database: pycolmap.Database, index: int, name: str, camera: pycolmap.Camera, keypoints: np.ndarray
-) -> None:
+def _write_camera(database: pycolmap.Database, index: int, camera: pycolmap.Camera) -> None:
     own = pycolmap.Camera(
         camera_id=index, model=camera.model, width=camera.width, height=camera.height, params=camera.params
     )
@@ -74,8 +81,12 @@ def _write_image(
     rig = pycolmap.Rig(rig_id=index)
     rig.add_ref_sensor(own.sensor_id)
     database.write_rig(rig, use_rig_id=True)
-    frame = pycolmap.Frame(frame_id=index, rig_id=index)
-    frame.add_data_id(pycolmap.data_t(own.sensor_id, index))
+
+
+def _write_image(database: pycolmap.Database, index: int, name: str, camera_id: int, keypoints: np.ndarray) -> None:
+    """The camera of an image comes before it."""
+    frame = pycolmap.Frame(frame_id=index, rig_id=camera_id)
+    frame.add_data_id(pycolmap.data_t(database.read_camera(camera_id).sensor_id, index))
     database.write_frame(frame, use_frame_id=True)
-    database.write_image(pycolmap.Image(name=name, camera_id=index, image_id=index), use_image_id=True)
+    database.write_image(pycolmap.Image(name=name, camera_id=camera_id, image_id=index), use_image_id=True)
     database.write_keypoints(index, keypoints.astype(np.float32))

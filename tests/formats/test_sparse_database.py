@@ -35,6 +35,18 @@ def test_a_database_comes_back_as_it_was_with_images_in_any_order(synthetic, tmp
         assert [database.read_image(i).name for i in range(1, 6)] == names
 
 
+def test_images_may_share_cameras_and_are_mapped_with_one(synthetic, tmp_path):
+    sparse = read_database(synthetic[0])
+    names = sorted(sparse.keypoints)
+    write_database(tmp_path / "new.db", names, [sparse.cameras[name] for name in names], sparse, [1, 1, 3, 1, 3])
+    with pycolmap.Database.open(tmp_path / "new.db") as database:
+        assert [camera.camera_id for camera in database.read_all_cameras()] == [1, 3]
+        assert [database.read_image(i).camera_id for i in range(1, 6)] == [1, 1, 3, 1, 3]
+    paths = {"database": tmp_path / "new.db", "output": tmp_path}
+    assert run_task("map_images", **paths, constant_cameras=[], options={"min_model_size": 3})
+    assert set(pycolmap.Reconstruction(tmp_path / "0").cameras) == {1, 3}
+
+
 def test_matches_of_other_images_are_left_out(synthetic, tmp_path):
     sparse = read_database(synthetic[0])
     names = sorted(sparse.keypoints)[:3]
