@@ -88,7 +88,7 @@ class PairNetwork:
         found = {}
         for batch, prediction in self.predict_on_device(pairs):
             kept = prediction if self.reduction is not None else _on_host(prediction)
-            found.update(zip(batch, _unbatched(kept), strict=True))
+            found.update(zip(batch, unbatched(kept), strict=True))
             advance(len(batch))
         found = {pair: found[pair] for pair in pairs}
         if self.reduction is not None:
@@ -206,7 +206,8 @@ def _on_host(prediction: PairPrediction) -> PairPrediction:
     return PairPrediction(*(to_host(getattr(prediction, field.name).float()) for field in fields(prediction)))
 
 
-def _unbatched(prediction: PairPrediction) -> Iterator[PairPrediction]:
+def unbatched(prediction: PairPrediction) -> Iterator[PairPrediction]:
+    """The predictions of a batch, one by one."""
     for values in zip(*(getattr(prediction, field.name).unbind() for field in fields(prediction)), strict=True):
         yield PairPrediction(*values)
 

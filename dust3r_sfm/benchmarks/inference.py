@@ -1,4 +1,4 @@
-"""Benchmark: directed pairs a second, from images in host memory to what the next stages use, and where the time goes."""
+"""Benchmark: directed pairs a second, from images in host memory to what the next stages use, and where time goes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -19,8 +19,8 @@ from dust3r_sfm.graph import pairs_exhaustive, pairs_sequential
 from dust3r_sfm.infer_pairs import SHARD_PAIRS, infer_pairs
 from dust3r_sfm.match_dense import MatchConfig
 from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig, Tokens
-from dust3r_sfm.pair_network import ENCODE_IMAGES, InferConfig, PairNetwork, encoding_capacity
-from dust3r_sfm.pairs import Pair, PairPrediction
+from dust3r_sfm.pair_network import ENCODE_IMAGES, InferConfig, PairNetwork, encoding_capacity, unbatched
+from dust3r_sfm.pairs import Pair
 from dust3r_sfm.reduction import Reduction, reduced, reduction_of, together
 from dust3r_sfm.schedule import encoding_passes
 from dust3r_sfm.views import View
@@ -79,7 +79,10 @@ def noise_views(count: int, size: tuple[int, int]) -> list[View]:
     images = torch.randint(0, 256, (count, *size, 3), dtype=torch.uint8, generator=generator)
     names = [f"{i:06d}.jpg" for i in range(count)]
     unit = torch.eye(3, dtype=torch.float64)
-    return [View(name, image, size[::-1], unit) for name, image in zip(names, images, strict=True)]
+    return [
+        View(name=name, image=image, original_size=size[::-1], net_from_img=unit)
+        for name, image in zip(names, images, strict=True)
+    ]
 
 
 def _worker(
@@ -138,7 +141,7 @@ def _say_parts(worker: PairNetwork, pairs: Sequence[Pair], reduction: Reduction 
         milliseconds["encode"] *= len(batch) / len(pairs)
         milliseconds["decode"] = _fastest(device, lambda: model._decode_layers(*tokens))
         milliseconds["heads"] = _fastest(device, lambda: _heads(model, layers, tokens))
-    found = {pair: p for b, p in worker.predict_on_device(batch) for pair, p in _pairs_of(b, p)}
+    found = {pair: p for some, p in worker.predict_on_device(batch) for pair, p in zip(some, unbatched(p), strict=True)}
     if reduction is not None:
         milliseconds["reduce and copy"] = _fastest(device, lambda: reduced(found, worker.views, reduction))
     parts = ", ".join(f"{part} {1e3 * seconds / len(batch):.2f}" for part, seconds in milliseconds.items())
@@ -149,12 +152,6 @@ def _heads(model: Dust3r, layers: tuple[list[Tensor], list[Tensor]], tokens: Seq
     heads = (model.downstream_head1, model.downstream_head2)
     for side, (head, of_side, image) in enumerate(zip(heads, layers, tokens, strict=True)):
         model._predict(head, of_side, image.grid, image.finest[side])
-
-
-def _pairs_of(batch: Sequence[Pair], prediction: PairPrediction) -> Iterator[tuple[Pair, PairPrediction]]:
-    from dust3r_sfm.pair_network import _unbatched
-
-    return zip(batch, _unbatched(prediction), strict=True)
 
 
 def _say_error(model: Dust3r, views: Sequence[View], pairs: Sequence[Pair], config: InferConfig) -> None:
