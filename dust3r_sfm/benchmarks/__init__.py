@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 BENCHMARKS = {
+    "adjustment": "Alignment, tracks and bundle adjustment side by side.",
     "alignment": "Global alignment, against descent on the published objective.",
     "inference": "Directed pairs a second, the share of the device's roof, and where the time goes.",
     "matching": "Matching two pointmaps: time, and the share of an exact search's matches.",
