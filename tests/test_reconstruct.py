@@ -8,6 +8,8 @@ import h5py
 import pycolmap
 import pytest
 import torch
+from features import true_matches, write_features, write_matches
+from observed import observed_scene
 from PIL import Image
 from procedural import make_scene
 
@@ -228,6 +230,23 @@ def test_many_photos_are_paired_with_those_that_look_alike(image_dir, weights, e
     monkeypatch.setattr(reconstruct, "MAX_EXHAUSTIVE", 4)
     reconstruct.main(image_dir, tmp_path, weights, num_matched=2)
     assert 8 <= len(exact) <= 10  # a tree at least, and at most two for each of the five
+
+
+def test_matches_of_the_photos_alone_map_them_where_no_pair_is_kept(
+    scene, image_dir, weights, exact, monkeypatch, tmp_path
+):
+    for pair, p in scene.predictions.items():
+        nothing = PairPrediction(p.pointmap0_in_cam0, 0 * p.confidence0, p.pointmap1_in_cam0, 0 * p.confidence1)
+        monkeypatch.setitem(scene.predictions, pair, nothing)
+    keypoints, matches = true_matches(observed_scene(scene, width=128, num_points=80, noise_px=0.1))
+    features = write_features(tmp_path / "feats.h5", keypoints, dict.fromkeys(keypoints, (128, 96)))
+    paired = write_matches(tmp_path / "matches.h5", matches)
+    reconstruct.main(image_dir, tmp_path / "out", weights, features=features, matches=paired)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["counts"]["registered"] == 5
+    assert "none of 20 pairs is worth aligning" in summary["refinement"]["alignment"]
+    truth = dict(zip(scene.names, scene.cam_from_world, strict=True))
+    assert evaluate_poses(read_model(tmp_path / "out" / "sparse"), truth).median_rotation_deg < 0.3
 
 
 def test_nothing_to_align_is_said_and_the_summary_still_accounts_for_the_images(

@@ -1,8 +1,10 @@
 """Features and matches in hloc's layout come in SIFT's place, and mistakes in them are named."""
 
-import h5py
+import dataclasses
+
 import numpy as np
 import pytest
+from features import SIZES, true_matches, write_features, write_matches
 from observed import observed_scene
 from PIL import Image
 from procedural import make_scene
@@ -12,28 +14,6 @@ from dust3r_sfm.formats.hloc_features import read_feature_matches, read_features
 from dust3r_sfm.pairs import Pair
 from dust3r_sfm.sparse_features import check_both, import_features
 from dust3r_sfm.views import load_views
-
-SIZES = {"a/0.jpg": (64, 48), "b.jpg": (64, 48), "c.jpg": (64, 48)}
-
-
-def write_features(path, keypoints, sizes=None, descriptors=None):
-    with h5py.File(path, "w", libver="latest") as file:
-        for name, xy in keypoints.items():
-            group = file.create_group(name)
-            group["keypoints"] = np.asarray(xy, dtype=np.float32) - 0.5  # hloc's first pixel has its centre at 0
-            group["image_size"] = np.array((sizes or SIZES)[name], dtype=np.int64)
-            if descriptors is not None:
-                group["descriptors"] = descriptors[name].T.astype(np.float16)
-    return path
-
-
-def write_matches(path, matches):
-    with h5py.File(path, "w", libver="latest") as file:
-        for key, matches0 in matches.items():
-            group = file.create_group(key)
-            group["matches0"] = np.asarray(matches0, dtype=np.int16)
-            group["matching_scores0"] = np.ones(len(matches0), np.float16)
-    return path
 
 
 def keypoints_of(number):
@@ -84,13 +64,11 @@ def test_files_of_other_photos_or_features_are_refused(tmp_path):
 def test_true_matches_are_verified_and_wrong_ones_are_not(tmp_path):
     procedural = make_scene(2, (96, 128), pairs=[])
     scene = observed_scene(procedural, width=256, num_points=60, noise_px=0.1)
-    keypoints, tracks = {}, scene.tracks
-    rows = {i: (tracks.image_indices == i).nonzero()[:, 0] for i in range(2)}
     for i, name in enumerate(["b.jpg", "c.jpg"]):
         Image.new("RGB", scene.original_sizes[i], (80 * i, 0, 0)).save(tmp_path / name)
-        keypoints[name] = tracks.keypoints[rows[i]].numpy()
-    row_of = {point: row for row, point in enumerate(tracks.point_indices[rows[1]].tolist())}
-    matches0 = np.array([row_of.get(point, -1) for point in tracks.point_indices[rows[0]].tolist()])
+    scene = dataclasses.replace(scene, names=("b.jpg", "c.jpg"))
+    keypoints, matches = true_matches(scene)
+    matches0 = matches["b.jpg/c.jpg"]
     wrong = matches0.copy()
     wrong[::4] = np.roll(wrong, 7)[::4]
     sizes = dict.fromkeys(keypoints, scene.original_sizes[0])
