@@ -31,7 +31,7 @@ def continue_mapping(views: Sequence[View], sparse: SparseMatches, work: Path, c
         if view.name in cameras and view.known_K is None and alike:
             cameras[view.name] = alike[0]
     names = [*poses, *(name for name in cameras if name not in poses)]
-    previous = triangulate(posed.model(), posed.names, sparse, work, 1.0)
+    previous = triangulate(posed.model(), posed.names, sparse, work, 1.0, two_views=True)
     (work / "previous").mkdir(exist_ok=True)
     previous.write(work / "previous")
     database = work / "mapping.db"

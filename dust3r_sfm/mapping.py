@@ -331,11 +331,17 @@ def _refined(reconstruction: pycolmap.Reconstruction, config: RefineConfig, know
 
 
 def triangulate(
-    reconstruction: pycolmap.Reconstruction, names: Sequence[str], sparse: SparseMatches, work: Path, factor: float
+    reconstruction: pycolmap.Reconstruction,
+    names: Sequence[str],
+    sparse: SparseMatches,
+    work: Path,
+    factor: float,
+    two_views: bool = False,
 ) -> pycolmap.Reconstruction:
     """Points of all matches under a model's poses (ids 1, 2, ...), within `factor` times COLMAP's tolerances.
 
-    Without points where there are no matches or COLMAP fails.
+    Where poses are beyond doubt two views may make a point: COLMAP asks for three. Without points
+    where there are no matches or COLMAP fails.
     """
     model, output = work / "model", work / "triangulated"
     for folder in (model, output):
@@ -355,6 +361,7 @@ def triangulate(
             "merge_max_reproj_error": 4.0 * factor,
             "complete_max_reproj_error": 4.0 * factor,
             "min_angle": 1.5 / factor,
+            "ignore_two_view_tracks": not two_views,
         },
     }
     if sparse.geometries and run_task(

@@ -192,7 +192,7 @@ def _read_list(path: Path, known: set[str]) -> list[str]:
 def _names_of_model(folder: Path) -> list[str]:
     from dust3r_sfm.formats.colmap import read_colmap
 
-    return sorted(read_colmap(folder).names)
+    return sorted(image.name for image in read_colmap(folder).images.values())
 
 
 def _nearest_pairs(

@@ -146,7 +146,7 @@ def structure_of(reference: Reference, sparse: SparseMatches, work: Path) -> Str
     unseen = {name: np.full(len(features[name].keypoints), -1) for name in names}
     if len(names) < 2:
         return Structure(np.zeros((0, 3)), features, unseen)
-    model = triangulate(reference.only(names).model(), names, sparse, work, 1.0)
+    model = triangulate(reference.only(names).model(), names, sparse, work, 1.0, two_views=True)
     number = {point_id: i for i, point_id in enumerate(sorted(model.points3D))}
     points = np.array([model.points3D[point_id].xyz for point_id in number]).reshape(-1, 3)
     point_of = {
