@@ -4,14 +4,12 @@ import av
 import numpy as np
 
 
-def encode(path, frames, rate=10, codec="libx264", rotation=0, **options):
+def encode(path, frames, rate=10, codec="libx264", **options):
     """Write frames (h w 3, RGB) to a video file; the container is told by the suffix."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
-        if rotation:
-            stream.set_display_rotation(rotation)
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())

@@ -185,7 +185,7 @@ def test_every_option_of_a_job_is_one_that_reconstruct_takes(tmp_path, capsys):
 
 
 def test_a_job_with_the_real_reconstruction_ends_in_a_model_or_a_sentence(volume):
-    scene = make_scene(3, (48, 64))
+    scene = make_scene(3, (32, 48))
     for view in scene.views:
         path = volume / "room" / view.name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +194,7 @@ def test_a_job_with_the_real_reconstruction_ends_in_a_model_or_a_sentence(volume
     sizes |= {key.replace("enc", "dec"): value for key, value in sizes.items()}
     torch.manual_seed(0)
     weights = volume / "tiny.safetensors"
-    save_weights(Dust3r(Dust3rConfig(image_size=64, **sizes)), weights, {"name": "tiny", "licence": "Apache-2.0"})
+    save_weights(Dust3r(Dust3rConfig(image_size=48, **sizes)), weights, {"name": "tiny", "licence": "Apache-2.0"})
     limits = Limits(volume=str(volume), scratch=str(volume.parent / "scratch"), model=str(weights))
     told = []
     options = {"refine": "none", "formats": ["colmap"]}
