@@ -7,6 +7,7 @@ import pytest
 import torch
 from procedural import make_scene
 
+from dust3r_sfm.alignment.chaining import average_points, register_pairs
 from dust3r_sfm.alignment.normal_equations import Step, normal_equations
 from dust3r_sfm.alignment.objective import Problem, State, evaluate, image_points, refine_depth
 from dust3r_sfm.alignment.observations import sample_pairs, stack_samples
@@ -179,3 +180,21 @@ def test_focals_stay_between_their_limits():
     step.cameras[:, 7] = torch.tensor([5.0, -5.0, 0.0])
     focal = moved(problem, state, step).focal
     torch.testing.assert_close(focal, torch.tensor([10.0, 0.1, 1.0], dtype=torch.float64))
+
+
+def on_no_device(value):
+    """The tensors of a dataclass as shapes alone: reading one back, or mixing it with one on the CPU, raises."""
+    return type(value)(**{k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in vars(value).items()})
+
+
+def test_what_a_step_computes_stays_on_the_device_and_does_not_wait_for_it():
+    problem, state = true_problem(max_samples=40)
+    evaluation = on_no_device(evaluate(problem, state))
+    observations = on_no_device(problem.observations)
+    problem, state = replace(on_no_device(problem), observations=observations), on_no_device(state)
+    equations = normal_equations(problem, state, evaluation)
+    step = Step(equations.g_i, equations.g_e, equations.g_d)
+    trial = refine_depth(problem, moved(problem, state, step), evaluation)
+    points, weights = average_points(observations, trial.world_from_pair, observations.scores)
+    registered = register_pairs(observations, points, weights)
+    assert all(x.is_meta for x in (trial.depth, trial.focal, trial.world_from_cam, equations.C, registered))
