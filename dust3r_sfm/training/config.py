@@ -35,6 +35,8 @@ class LoopConfig:
     """Share of the batches that are portrait: height and width exchanged."""
     samples: int = 2
     """Colour samples a pixel of the renderer."""
+    wide_share: float = 0.0
+    """Share of the procedural pairs whose cameras stand as far apart as the overlap allows."""
     apart_share: float = 0.0
     """Share of the procedural pairs whose photos are of two worlds, to teach low confidence."""
     scene_share: float = 0.5
@@ -73,7 +75,15 @@ class LoopConfig:
             sides = (getattr(self, name.replace("heights", "width")), *getattr(self, name))
             if len(sides) < 2 or any(side < 16 or side % 16 for side in sides):
                 raise ValueError(f"{name} and their width must be multiples of 16, at least one height, got {sides}")
-        for name in ("easy_share", "portrait", "apart_share", "scene_share", "constant_share", "final_share"):
+        for name in (
+            "easy_share",
+            "portrait",
+            "wide_share",
+            "apart_share",
+            "scene_share",
+            "constant_share",
+            "final_share",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
 

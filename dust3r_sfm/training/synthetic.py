@@ -108,10 +108,12 @@ def sample_pairs(
     textures: UInt8[Tensor, "t texels 4"],
     samples: int = 1,
     kernel: CDLL | None = None,
+    wide_share: float = 0.0,
 ) -> TrainingPairs:
     """Random worlds seen by two cameras each: fresh at every call, on the dice's device.
 
-    With `kernel`, of `load_kernel` for the CPU, they are rendered ten times faster there.
+    `wide_share` is of the pairs with a wide baseline, see `sample_cameras`. With `kernel`, of `load_kernel` for the
+    CPU, they are rendered ten times faster there.
     """
     world = sample_world(dice, batch, len(textures))
 
@@ -120,7 +122,7 @@ def sample_pairs(
             return _render_depth(primitives, lights, cameras, h, w, textures)
         return r.render_fused(kernel, primitives, lights, cameras, textures, h, w, with_color=False)[1]
 
-    rows = sample_cameras(dice, world, render_depth, height, width)
+    rows = sample_cameras(dice, world, render_depth, height, width, wide_share)
     render = r.render if kernel is None else partial(r.render_fused, kernel)
     color, depth = render(world.primitives, world.lights, rows, textures, height, width, samples)
     exposure = auto_exposure(color)

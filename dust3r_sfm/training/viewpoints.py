@@ -11,6 +11,7 @@ from torch import Tensor
 from dust3r_sfm.training.world import COURT, DISTANCE, EYE, Dice, World, constant, rotation_from_rotvec
 
 CANDIDATES = 4
+WIDE = 0.8
 LOW = 12  # side of the small depth maps on which candidates are judged
 
 
@@ -137,10 +138,13 @@ def overlap(cameras0: Tensor, depth0: Tensor, cameras1: Tensor, depth1: Tensor) 
     return (inside & agrees & valid).float().sum(-1) / valid.float().sum(-1).clamp(min=1)
 
 
-def sample_cameras(dice: Dice, world: World, render_depth, height: int, width: int) -> Float[Tensor, "b 2 16"]:
+def sample_cameras(
+    dice: Dice, world: World, render_depth, height: int, width: int, wide_share: float = 0.0
+) -> Float[Tensor, "b 2 16"]:
     """Two cameras a scene with an overlap from about 0.1 to 0.95, chosen among candidates by small depth maps.
 
-    `render_depth(primitives, lights, cameras, h, w)` gives depth (b, n, h, w).
+    `render_depth(primitives, lights, cameras, h, w)` gives depth (b, n, h, w). A share of the pairs takes the
+    candidate that moved farthest, up to WIDE of the distance, among those with enough overlap.
     """
     b, n = len(world.kind), CANDIDATES
     place, subject = _stations(dice, world, n)
@@ -168,7 +172,13 @@ def sample_cameras(dice: Dice, world: World, render_depth, height: int, width: i
     depth1 = render_depth(world.primitives, world.lights, small1, lh, lw)
     share = torch.minimum(overlap(small, depth, small1, depth1), 1.5 * (depth1 > 0).float().mean((-1, -2)))
     wanted = dice.uniform(b, 1, low=0.12, high=0.95)
-    best = ((share - wanted).abs() + (share < 0.08) * 2.0).argmin(1)
+    miss = (share - wanted).abs() + (share < 0.08) * 2.0
+    if wide_share:
+        moved = (pose1[..., 3] - pose0[:, None, :, 3]).norm(dim=-1)
+        distance = depth.sum((1, 2, 3)) / (depth > 0).sum((1, 2, 3)).clamp(min=1)
+        narrow = 1 - (moved / distance[:, None].clamp(min=1e-6)).clamp(max=WIDE) + (share < 0.15) * 2.0
+        miss = torch.where(dice.chance(wide_share, b, 1), narrow, miss)
+    best = miss.argmin(1)
     shift = 0.06 * dice.normal(b, 2, 2) * dice.chance(0.3, b, 2, 1)
     pose, fov = torch.stack([pose0, pose1[at, best]], 1), torch.stack([fov0, fov1[at, best]], 1)
     return cameras_from(pose, fov, height, width, shift)

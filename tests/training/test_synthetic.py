@@ -149,6 +149,19 @@ def test_pairs_overlap_by_little_and_by_much(fast_render, textures):
     assert 0.3 < overlaps.mean() < 0.7
 
 
+def test_wide_pairs_stand_farther_apart_and_still_overlap(fast_render, textures):
+    usual, wide = (sample_pairs(Dice("cpu", 3), 64, *SIZE, textures, wide_share=share) for share in (0.0, 1.0))
+
+    def baselines(pairs):
+        cam0_from_cam1 = pairs.cam_from_world[:, 0] @ rigid_inverse(pairs.cam_from_world[:, 1])
+        distance = pairs.pointmaps(0)[:, 0].norm(dim=-1).flatten(1).median(1).values
+        return (cam0_from_cam1[:, :3, 3].norm(dim=-1) / distance.clamp(min=1e-6)).median()
+
+    assert torch.equal(usual.cam_from_world[:, 0], wide.cam_from_world[:, 0])
+    assert baselines(wide) > 1.5 * baselines(usual)
+    assert (wide.overlaps() > 0.08).float().mean() > 0.85
+
+
 def test_the_seed_decides_the_batch(pairs, textures):
     again = sample_pairs(Dice("cpu", 1), 12, *SIZE, textures)
     other = sample_pairs(Dice("cpu", 2), 12, *SIZE, textures)
