@@ -4,6 +4,7 @@ from importlib import import_module
 
 import h5py
 import numpy as np
+import pycolmap
 import pytest
 import torch
 from PIL import Image
@@ -204,6 +205,22 @@ def test_lists_choose_too_and_names_given_twice_count_once(tmp_path):
     lists = ("--query_list", tmp_path / "q.txt", "--db_list", tmp_path / "db.txt")
     assert retrieve(tmp_path / "f.h5", tmp_path / "p.txt", 5, *lists) == 0
     queries = {name: rows[name] for name in ("query/02.jpg", "sea side/1.jpg")}
+    database = {name: rows[name] for name in ("db/01.jpg", "db/03.jpg")}
+    assert read_pairs(tmp_path / "p.txt", list(rows)) == brute_force(queries, database, 2)
+
+
+def test_the_images_of_a_model_are_the_database(tmp_path):
+    rows = random_rows(8)
+    model = pycolmap.Reconstruction()
+    model.add_camera_with_trivial_rig(pycolmap.Camera(camera_id=1, model="PINHOLE", width=4, height=3, params=[1] * 4))
+    for i, name in enumerate(("db/01.jpg", "db/03.jpg"), start=1):
+        model.add_image_with_trivial_frame(pycolmap.Image(name=name, camera_id=1, image_id=i), pycolmap.Rigid3d())
+    (tmp_path / "model").mkdir()
+    model.write(tmp_path / "model")
+    write(tmp_path / "f.h5", rows)
+    choice = ("--query_prefix", "query", "--db_model", tmp_path / "model")
+    assert retrieve(tmp_path / "f.h5", tmp_path / "p.txt", 5, *choice) == 0
+    queries = {name: row for name, row in rows.items() if name.startswith("query")}
     database = {name: rows[name] for name in ("db/01.jpg", "db/03.jpg")}
     assert read_pairs(tmp_path / "p.txt", list(rows)) == brute_force(queries, database, 2)
 
