@@ -17,6 +17,7 @@ from tqdm import tqdm
 from dust3r_sfm.alignment.align import AlignConfig, iterate_components
 from dust3r_sfm.alignment.refine import RefineConfig
 from dust3r_sfm.alignment.tracks import TrackConfig, build_tracks
+from dust3r_sfm.engine import EngineConfig
 from dust3r_sfm.errors import InputError, ReconstructionError
 from dust3r_sfm.export_scene import ExportConfig, check_formats, export_scenes
 from dust3r_sfm.extract_frames import FrameConfig, extract_frames
@@ -62,6 +63,7 @@ class ReconstructConfig:
     bundle: RefineConfig = RefineConfig()
     export: Annotated[ExportConfig, tyro.conf.arg(name="")] = ExportConfig()
     frames: Annotated[FrameConfig, tyro.conf.arg(name="")] = FrameConfig()
+    engine: Annotated[EngineConfig, tyro.conf.arg(name="")] = EngineConfig()
     priors: Annotated[PriorConfig, tyro.conf.arg(name="")] = PriorConfig()
 
 
@@ -117,6 +119,8 @@ def main(
         raise InputError("--previous_model has the cameras already: give it or --cameras")
     check_both(features, matches)
     given = (features, matches) if features is not None and matches is not None else None
+    if config.engine.shard is not None:
+        raise InputError("a share is done by single stages: extract-descriptors and infer-pairs take --shard")
     _refuse_foreign_model(output)
     summary = Summary()
     with holding(output):
@@ -196,7 +200,9 @@ def _align_and_match(
 ) -> tuple[list[Scene], dict[Pair, Matches]]:
     """Aligned scenes with tracks of the dense matches."""
     with summary.timed("infer_pairs"):
-        predictions = infer_pairs(network, views, pairs, output / "pointmaps.h5", config.infer, match=config.match)
+        predictions = infer_pairs(
+            network, views, pairs, output / "pointmaps.h5", config.infer, config.engine, config.match
+        )
     with summary.timed("filter_pairs"):
         summary.decisions = decide_pairs(predictions, summary.names, config.filter, num_verified)
         kept = keep_pairs(predictions, summary.decisions)
