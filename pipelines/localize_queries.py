@@ -9,7 +9,9 @@ pairs of hloc's own retrieval, and a list of queries with intrinsics that of the
 import sys
 from pathlib import Path
 
-from dust3r_sfm import extract_descriptors, localize, pairs_from_retrieval
+from dust3r_sfm import extract_descriptors
+from dust3r_sfm.localize import main as localize
+from dust3r_sfm.pairs_from_retrieval import main as pairs_from_retrieval
 
 
 def main(reference: Path, image_dir: Path, query_dir: Path, output: Path) -> None:
@@ -17,10 +19,10 @@ def main(reference: Path, image_dir: Path, query_dir: Path, output: Path) -> Non
     extract_descriptors.main(image_dir, work / "reference.h5")
     extract_descriptors.main(query_dir, work / "queries.h5")
     pairs = work / "pairs.txt"
-    pairs_from_retrieval.main(
+    pairs_from_retrieval(
         work / "queries.h5", pairs, 10, db_descriptors=work / "reference.h5", db_model=reference / "sparse" / "0"
     )
-    localize.main(query_dir, reference, output, image_dir=image_dir, pairs_file=pairs)
+    localize(query_dir, reference, output, image_dir=image_dir, pairs_file=pairs)
 
 
 if __name__ == "__main__":
