@@ -6,8 +6,10 @@ from collections.abc import Callable, Collection
 
 import pycolmap
 
-from dust3r_sfm.alignment.refine import Adjustment, RefineConfig, refine, solver_options, support
+from dust3r_sfm.alignment.refine import Adjustment, RefineConfig, refine, solver_options, support, thinned
 
+MAX_POINTS = 600
+"""Points of an image that take part in the comparison."""
 MIN_GAIN = 1.02
 """How much more of the points that were left out the adjusted cameras have to explain."""
 
@@ -21,7 +23,8 @@ def refine_validated(
     of points that were left out they explain more only where they have come nearer to the truth.
     """
     before = support(reconstruction, config)
-    halves = [_with_points(reconstruction, parity) for parity in (0, 1)]
+    few = thinned(reconstruction, MAX_POINTS)
+    halves = [_with_points(few, parity) for parity in (0, 1)]
     scores = [0.0, 0.0]
     for own, other in (halves, halves[::-1]):
         adjusted = adjust(own, config)
