@@ -16,7 +16,7 @@ from dust3r_sfm.graph import pairs_exhaustive
 from dust3r_sfm.infer_pairs import InferConfig, infer_pairs, pick_device
 from dust3r_sfm.models.checkpoint import save_weights
 from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig
-from dust3r_sfm.pairs import Pair
+from dust3r_sfm.pairs import Pair, ReducedPrediction
 from dust3r_sfm.views import View
 
 stage = import_module("dust3r_sfm.infer_pairs")  # the package's attribute of this name is the function
@@ -140,6 +140,34 @@ def test_an_interrupted_run_continues_to_the_same_bits(model, views, pairs, tmp_
     assert not broken.exists(), "the file appears when it is whole"
     infer_pairs(model, views, pairs, broken, config)
     assert contents(broken) == contents(whole)
+
+
+def test_of_many_pairs_matches_and_a_grid_are_kept_whatever_interrupts(model, views, pairs, tmp_path, monkeypatch):
+    config = dataclasses.replace(FLOAT32, max_dense_pairs=10)
+    whole, broken = tmp_path / "whole.h5", tmp_path / "broken.h5"
+    with infer_pairs(model, views, pairs, whole, config) as found:
+        assert all(isinstance(found[pair], ReducedPrediction) for pair in pairs)
+        assert all((found[p].matches is None) != (found[p.reversed()].matches is None) for p in pairs)
+        assert {p for p in pairs if found[p].depth0 is not None} >= {Pair("4.jpg", "3.jpg"), Pair("0.jpg", "1.jpg")}
+        in_memory = infer_pairs(model, views, pairs, config=config)[pairs[0]]
+        torch.testing.assert_close(found[pairs[0]].depth0, in_memory.depth0, rtol=1e-3, atol=1e-3)
+    add, calls = stage.PointmapShards.add, []
+
+    def interrupted(self, keys, predictions):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        add(self, keys, predictions)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.PointmapShards, "add", interrupted)
+        with pytest.raises(OSError, match="No space left"):
+            infer_pairs(model, views, pairs, broken, config)
+    assert 0 < len(contents(broken)) < len(contents(whole))
+    infer_pairs(model, views, pairs, broken, config).close()
+    assert contents(broken) == contents(whole)
+    with infer_pairs(model, views, pairs, broken, dataclasses.replace(config, keep_dense=True)) as dense:
+        assert dense[pairs[0]].confidence0.shape == views[0].size
 
 
 def test_a_second_run_computes_nothing(model, views, pairs, tmp_path, counted):
