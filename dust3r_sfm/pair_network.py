@@ -153,8 +153,7 @@ class PairNetwork:
 
 def encoding_capacity(model: Dust3rConfig, views: Sequence[View], config: InferConfig) -> int:
     """How many encoded images of a pass may wait for partners, beside those that are encoded with them."""
-    device = pick_device(config)
-    width = 2 if product_dtype(config, device) == torch.bfloat16 else 4
+    width = 4 if config.precision == "float32" else 2  # not by the device: shares on unlike hosts have one order
     patches = max(view.size[0] * view.size[1] for view in views) // model.patch_size**2
     values = patches * model.enc_embed_dim
     if model.head == "dpt":
