@@ -122,6 +122,7 @@ def outlook(scene: Scene, cloud: ViewedCloud) -> Outlook:
     back = back / back.norm() if back.norm() > 0.05 * reach else -poses[0, 2, :3]
     distance = max(2.4 * float(reach), 1.6 * float((centers - target).norm(dim=-1).median()))
     eye = target + distance * (back + 0.45 * up)
+    target = target + 0.15 * (centers.mean(0) - target)  # so that the cameras are in the picture too
     some = centers[:MAX_GAPS]
     gaps = torch.cdist(some, some).fill_diagonal_(torch.inf).amin(1)
     size = 0.3 * float(gaps[gaps.isfinite()].median()) if len(centers) > 1 else float(reach)

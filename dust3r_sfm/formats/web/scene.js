@@ -183,7 +183,10 @@ function render() {
     vao: scene.vao, origin: points.origin, step: points.step, shown: Math.round(points.count * state.share),
     size: (COVER * state.size * view.f * points.finest) / 2, mode: MODES[state.mode], only: state.onlyChosen ? state.chosen : -1, relief: 2.2,
   };
-  const photos = scene.textures.flatMap((photo, i) => photo && photo.texture && (i === state.chosen || (state.cameras && state.photos))
+  const { eye } = basis();
+  const isEye = (camera) => norm(sub(toWorld(camera, [0, 0, 0]), eye)) < 0.2 * scene.look.camera; // its photo would hide all
+  const isShown = (i) => (i === state.chosen || (state.cameras && state.photos)) && !isEye(scene.cameras[i]);
+  const photos = scene.textures.flatMap((photo, i) => photo && photo.texture && isShown(i)
     ? [{ texture: photo.texture, corners: scene.corners[i].flat(), alpha: i === state.chosen ? 1 : 0.85 }] : []);
   drawFrame(made, view, cloud, photos, scene.lines);
 }
