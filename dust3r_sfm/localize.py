@@ -171,11 +171,11 @@ def _logs(located: Mapping[str, Located | None], neighbors: Mapping[str, Sequenc
     """hloc's fields for each query; PnP_ret is null for those without a pose, which hloc gives that of a neighbour."""
     logs: dict[str, Any] = {}
     for name, found in located.items():
-        logs[name] = {"db": list(neighbors[name]), "PnP_ret": None}
+        logs[name] = {"db": list(neighbors[name]), "PnP_ret": None, "reason": "too little agrees with these images"}
         if found is not None:
             pose, camera = found.pose, found.pose.camera
             logs[name] |= {
-                "by": found.by,
+                "reason": f"by {found.by}",
                 "PnP_ret": {
                     "cam_from_world": pose.cam_from_world,
                     "num_inliers": pose.num_inliers,

@@ -82,7 +82,8 @@ def test_a_query_is_found_and_noise_has_no_pose(place, procedural, weights, tmp_
     assert distance < 0.03
     logs = json.loads((tmp_path / "poses_logs.json").read_text())["loc"]
     assert logs["0.png"]["PnP_ret"] is None
-    assert logs["sub/0.png"]["by"] == "sift"
+    assert logs["0.png"]["reason"] == "too little agrees with these images"
+    assert logs["sub/0.png"]["reason"] == "by sift"
     assert logs["sub/0.png"]["PnP_ret"]["num_inliers"] == sum(logs["sub/0.png"]["PnP_ret"]["inlier_mask"]) > 50
     assert set(logs["sub/0.png"]["db"]) == {"0.png", "1.png", "3.png", "4.png"}
 
