@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from dust3r_sfm.match_dense import AnchorMatches, MatchConfig, batched, match_batch, matches_of
+from dust3r_sfm.match_dense import AnchorMatches, MatchConfig, match_batch, matches_of
 from dust3r_sfm.pairs import Matches, Pair, PairPrediction, Predictions, ReducedPrediction
 from dust3r_sfm.views import View
 
@@ -57,24 +57,41 @@ def reduced(found: Predictions, views: Mapping[str, View], reduction: Reduction)
     """Reduced predictions on the CPU; matches stand with the direction of a pair that comes first."""
     place = {pair: i for i, pair in enumerate(found)}
     firsts = [pair for pair in found if place.get(pair.reversed(), len(place)) > place[pair]]
-    waiting = {pair: _start_matching(pair, found, views, reduction.match) for pair in firsts}
+    waiting = _start_matching(firsts, found, views, reduction.match)
     grids = {pair: _start_grid(found[pair], pair in reduction.depth_pairs) for pair in found}
     if any(prediction.confidence0.is_cuda for prediction in found.values()):
         torch.cuda.synchronize()  # once a shard: all copies below are there
     return {
-        pair: _finished(found[pair], grids[pair], matches_of(waiting[pair], 0) if pair in waiting else None)
+        pair: _finished(found[pair], grids[pair], matches_of(*waiting[pair]) if pair in waiting else None)
         for pair in found
     }
 
 
 def _start_matching(
-    pair: Pair, found: Predictions, views: Mapping[str, View], config: MatchConfig
-) -> tuple[AnchorMatches, AnchorMatches]:
-    reverse = found.get(pair.reversed())
-    masks = [None if (mask := views[name].mask) is None else mask[None] for name in pair]
-    sides = match_batch(batched(found[pair]), None if reverse is None else batched(reverse), masks, config)
-    side0, side1 = (AnchorMatches(to_host(s.anchors), to_host(s.found), to_host(s.scores)) for s in sides)
-    return side0, side1
+    pairs: Sequence[Pair], found: Predictions, views: Mapping[str, View], config: MatchConfig
+) -> dict[Pair, tuple[tuple[AnchorMatches, AnchorMatches], int]]:
+    """Of each pair the matches of those of equal sizes, and which of them are its own."""
+    groups: dict[tuple, list[Pair]] = {}
+    for pair in pairs:
+        shapes = found[pair].confidence0.shape, found[pair].confidence1.shape
+        groups.setdefault((shapes, pair.reversed() in found), []).append(pair)
+    started = {}
+    for (_, has_reverse), group in groups.items():
+        reverse = _stacked([found[pair.reversed()] for pair in group]) if has_reverse else None
+        masks = [torch.stack([_mask(views[pair[side]]) for pair in group]) for side in (0, 1)]
+        sides = match_batch(_stacked([found[pair] for pair in group]), reverse, masks, config)
+        side0, side1 = (AnchorMatches(to_host(s.anchors), to_host(s.found), to_host(s.scores)) for s in sides)
+        started |= {pair: ((side0, side1), i) for i, pair in enumerate(group)}
+    return started
+
+
+def _mask(view: View) -> Tensor:
+    return torch.ones(view.size, dtype=torch.bool) if view.mask is None else view.mask
+
+
+def _stacked(predictions: Sequence[PairPrediction]) -> PairPrediction:
+    names = [field.name for field in fields(PairPrediction)]
+    return PairPrediction(*(torch.stack([getattr(p, name) for p in predictions]) for name in names))
 
 
 def _start_grid(prediction: PairPrediction, keeps_depth: bool) -> list[Tensor]:
