@@ -16,6 +16,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from dust3r_sfm.alignment.localization import CameraPose, PointMatches, QueryCamera, joined, scored
+from dust3r_sfm.filter_pairs import pair_score
 from dust3r_sfm.geometry.camera import split_rotation, transform_K
 from dust3r_sfm.geometry.focal import focal_from_pointmap
 from dust3r_sfm.geometry.resection import relative_pose_from_pointmap
@@ -25,6 +26,8 @@ from dust3r_sfm.pairs import Pair, PairPrediction, Predictions
 from dust3r_sfm.reference import Reference
 from dust3r_sfm.views import View
 
+MIN_CONFIDENCE = 1.1
+"""Typical confidence of the weaker image of a pair that counts: DUSt3R's start at 1, where it knows nothing."""
 MIN_OF_MOST = 0.5
 """Images with fewer matches than this share of the best one's are left out."""
 MIN_SEEN = 10
@@ -43,7 +46,7 @@ def dense_matches(
     for name in images:
         pair = Pair(name, query.name)
         scale = unit_scale(predictions[pair], views[name], reference.seen.get(name))
-        if scale is None:
+        if scale is None or pair_score(predictions[pair]) < MIN_CONFIDENCE:
             continue
         found = match_pair(predictions[pair], views[name], query, reverse=predictions.get(pair.reversed()))
         if len(found.scores):
@@ -68,7 +71,7 @@ def relative_poses(
         prediction = predictions[pair]
         scale = unit_scale(prediction, view, reference.seen.get(name))
         own = _camera_of_query(query, camera, predictions.get(pair.reversed()))
-        if scale is None or own is None:
+        if scale is None or own is None or pair_score(prediction) < MIN_CONFIDENCE:
             continue
         turn, K = _net_camera(query, torch.from_numpy(np.array(own.calibration_matrix())))
         relative = relative_pose_from_pointmap(prediction.pointmap1_in_cam0, prediction.confidence1, K.float())

@@ -26,6 +26,7 @@ QUERY = "query://"
 """Before the names of queries where they meet those of reference images; no path below a folder begins so."""
 MIN_INLIER_SHARE = 0.1
 """Of SIFT matches: chance reaches a few hundredths."""
+MIN_GUIDED_SHARE = 0.5
 GUIDANCE_RADII = 2.0, 6.0
 """SIFT matches are sought within so many times `max_error_px` of a pose by SIFT, and of one by pointmaps."""
 IMAGES_AT_ONCE = 4
@@ -43,7 +44,7 @@ class LocateConfig:
     relative: DUSt3R's relative pose, in the reference's unit."""
     max_error_px: float = 8.0
     """SIFT matches agree with a pose that sees their points so near; in photos of 1024 pixels, else in proportion."""
-    min_inliers: int = 20
+    min_inliers: int = 15
     """SIFT matches that must agree on a pose."""
     min_dense_inliers: int = 300
     """Matches of pointmaps that must agree on a pose."""
@@ -92,7 +93,7 @@ def _pose_of(
     matches: PointMatches, query: Query, images: Sequence[str], structure: Structure, config: LocateConfig
 ) -> Located | None:
     pose = camera_pose(matches, query.camera, _max_error_px(query, config))
-    if pose is None or pose.num_inliers < MIN_INLIER_SHARE * len(matches):
+    if pose is None or pose.num_inliers < max(config.min_inliers, MIN_INLIER_SHARE * len(matches)):
         return None
     return _guided(pose, query, images, structure, GUIDANCE_RADII[0], config)
 
@@ -126,14 +127,19 @@ def locate_by_network(
 def _guided(
     pose: CameraPose, query: Query, images: Sequence[str], structure: Structure, radius: float, config: LocateConfig
 ) -> Located | None:
-    """The pose by SIFT matches near one that is given, and that one where these are fewer and it is by SIFT itself."""
+    """The pose by SIFT matches near one that is given, and that one where these are fewer and it is by SIFT itself.
+
+    What is sought near a pose agrees with it by chance too: most of it has to, within a fraction of the radius.
+    """
     max_error_px = _max_error_px(query, config)
     args = (query.camera, structure, images, query.features, radius * max_error_px, max_error_px / 2)
     better = refined_by_guidance(pose, *args)
     is_sparse = radius == GUIDANCE_RADII[0]
     if is_sparse and (better is None or better.num_inliers < pose.num_inliers):
         better = pose
-    return Located(better, "sift") if better is not None and better.num_inliers >= config.min_inliers else None
+    if better is None or better.num_inliers < max(config.min_inliers, MIN_GUIDED_SHARE * len(better.matches)):
+        return None
+    return Located(better, "sift")
 
 
 def _max_error_px(query: Query, config: LocateConfig) -> float:
