@@ -61,24 +61,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("dust3r_sfm").setLevel(logging.INFO)
+    interrupted = threading.Event()
     try:
-        with _insisting_interrupt():
+        with _insisting_interrupt(interrupted):
             _run(command, arguments[1:])
-    except (InputError, ReconstructionError) as error:
-        return _say(str(error), 2)
-    except OSError as error:
-        return _say(_sentence(error), 2)
-    except KeyboardInterrupt:
-        return _say("interrupted; run the same command to continue", 130)
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupted.is_set() or isinstance(error, KeyboardInterrupt):  # libraries make other errors of interrupts
+            return _say("interrupted; run the same command to continue", 130)
+        if isinstance(error, (InputError, ReconstructionError)):
+            return _say(str(error), 2)
+        if isinstance(error, OSError):
+            return _say(_sentence(error), 2)
+        raise
     return 0
 
 
 @contextmanager
-def _insisting_interrupt() -> Iterator[None]:
-    """Ctrl-C comes again until it is heeded: Python drops what is raised within a weak reference's callback.
+def _insisting_interrupt(interrupted: threading.Event) -> Iterator[None]:
+    """Ctrl-C is noted in `interrupted`, and comes again until it is heeded.
 
-    Where it says so (sys.unraisablehook) the interrupt comes again at once and the traceback that would be printed is
-    not; where a library drops it in silence, after INSIST_AFTER_S.
+    Python drops what is raised within a weak reference's callback.
+    Where it says so (sys.unraisablehook) the interrupt comes again at once, without a traceback; where a library
+    drops it in silence, after INSIST_AFTER_S.
     """
     main_thread = threading.main_thread()
     if threading.current_thread() is not main_thread or not hasattr(signal, "pthread_kill"):
@@ -92,6 +96,7 @@ def _insisting_interrupt() -> Iterator[None]:
         timers[-1].start()
 
     def interrupt(*_: object) -> None:
+        interrupted.set()
         again(INSIST_AFTER_S)
         raise KeyboardInterrupt
 

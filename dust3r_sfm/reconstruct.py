@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -147,8 +149,9 @@ def main(
         try:
             failure = None
             try:
-                verified = _verified(image_dir, views, directed, output, summary, given) if refine == "ba" else None
-                scenes, dense = _align_and_match(network, views, directed, output, config, summary, verified)
+                verify = partial(_verified, image_dir, views, directed, output, summary, given)
+                verify = verify if refine == "ba" else None
+                scenes, dense = _align_and_match(network, views, directed, output, config, summary, verify)
             except ReconstructionError as error:  # SIFT alone may still register the photos
                 if refine == "none":
                     raise
@@ -163,11 +166,18 @@ def main(
                 if not scenes:
                     raise failure
             _export(scenes, views, output, text, summary, config.export, image_dir, dense)
-        finally:
-            summary.write(output / "summary.json")
-            write_reports(output, summary)
+        except BaseException:
+            with suppress(OSError):  # a full disk, say, of which the first error tells
+                _tell(summary, output)
+            raise
+        _tell(summary, output)
     logger.info("%s %s", summary.closing_line(), output / "sparse")
     return summary
+
+
+def _tell(summary: Summary, output: Path) -> None:
+    summary.write(output / "summary.json")
+    write_reports(output, summary)
 
 
 def _verified(
@@ -196,13 +206,14 @@ def _align_and_match(
     output: Path,
     config: ReconstructConfig,
     summary: Summary,
-    num_verified: Mapping[Pair, int] | None,
+    verify: Callable[[], Mapping[Pair, int] | None] | None,
 ) -> tuple[list[Scene], dict[Pair, Matches]]:
-    """Aligned scenes with tracks of the dense matches."""
+    """Aligned scenes with tracks of the dense matches; `verify` counts the verified matches of pairs."""
     with summary.timed("infer_pairs"):
         predictions = infer_pairs(
             network, views, pairs, output / "pointmaps.h5", config.infer, config.engine, config.match
         )
+    num_verified = verify() if verify is not None else None
     with summary.timed("filter_pairs"):
         summary.decisions = decide_pairs(predictions, summary.names, config.filter, num_verified)
         kept = keep_pairs(predictions, summary.decisions)

@@ -161,3 +161,18 @@ def test_an_interrupt_that_python_drops_comes_again_and_prints_no_traceback(monk
     assert command_line.main(["demo"]) == 130
     assert capsys.readouterr().err == "dust3r-sfm: interrupted; run the same command to continue\n"
     assert sys.unraisablehook is sys.__unraisablehook__
+
+
+def test_an_interrupt_that_a_library_turns_into_another_error_is_one(monkeypatch, capsys):
+    """As when a tensor is read from a file."""
+
+    def run(command, arguments):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type") from None
+
+    monkeypatch.setattr(command_line, "_run", run)
+    assert command_line.main(["demo"]) == 130
+    assert capsys.readouterr().err == "dust3r-sfm: interrupted; run the same command to continue\n"

@@ -156,7 +156,7 @@ def refined_by_guidance(
     radius_px: float,
     max_error_px: float,
 ) -> CameraPose | None:
-    """The camera that the keypoints agree on which match points near where a first pose sees them; None where none does.
+    """The camera that the keypoints agree on which match points near where a first pose sees them; or None.
 
     The points are those that the images see. Twice, the second time within a third of the radius.
     """

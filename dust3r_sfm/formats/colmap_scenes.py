@@ -8,19 +8,20 @@ from functools import partial
 import numpy as np
 import pycolmap
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dust3r_sfm.formats.depths import remapped
 from dust3r_sfm.geometry.camera import split_rotation, transform_K
 from dust3r_sfm.geometry.colmap_types import transform_from_rigid3d
+from dust3r_sfm.geometry.depth_fitting import depth_through_points
 from dust3r_sfm.geometry.lens import lens_of
 from dust3r_sfm.geometry.transforms import inverse
 from dust3r_sfm.scene import Scene, Tracks
 from dust3r_sfm.views import View
 
 MIN_DEPTHS = 10
-"""Points that an image must see for its depth map to be scaled by them alone."""
+"""Points that an image must see for its depth map to be bent to them."""
 
 DepthMaps = Mapping[str, tuple[Float[Tensor, "_h _w"], Float[Tensor, "_h _w"]]]
 """By image name, depth and confidence of the image that the network saw; depths in any unit, one for all or not."""
@@ -29,8 +30,8 @@ DepthMaps = Mapping[str, tuple[Float[Tensor, "_h _w"], Float[Tensor, "_h _w"]]]
 def scene_from_colmap(reconstruction: pycolmap.Reconstruction, views: Sequence[View], depth_maps: DepthMaps) -> Scene:
     """The registered images of a model as a scene, in the order of `views`.
 
-    Depth maps are scaled to the points that their image sees (the median ratio; the median
-    over images where it sees too few). Images without one get depth and confidence 0.
+    Depth maps are bent to the points that their image sees (`depth_through_points`), or scaled by
+    the median ratio over all images where it sees too few. Images without one get depth and confidence 0.
     Where the model has found a distortion they go to the pixels of the pinhole behind it.
     """
     ids = {image.name: i for i, image in reconstruction.images.items() if image.has_pose}
@@ -111,25 +112,25 @@ def tracks_of(reconstruction: pycolmap.Reconstruction, image_ids: Sequence[int])
 
 
 def _with_depth(scene: Scene, depth_maps: Mapping[str, tuple[Tensor, Tensor] | None]) -> Scene:
-    ratios = [
-        _depth_ratios(scene, index, *depth_maps[name]) if depth_maps[name] is not None else torch.zeros(0)
+    seen = {
+        index: _seen_points(scene, index, *depth_maps[name])
         for index, name in enumerate(scene.names)
-    ]
-    every = torch.cat(ratios)
+        if depth_maps[name] is not None
+    }
+    ratios = [z / depth_maps[scene.names[i]][0][pixels[:, 1], pixels[:, 0]] for i, (pixels, z) in seen.items()]
+    every = torch.cat(ratios) if ratios else torch.zeros(0)
     usual = float(every.median()) if len(every) else 1.0
     depth, confidence = list(scene.depth), list(scene.confidence)
-    for index, name in enumerate(scene.names):
-        if depth_maps[name] is not None:
-            own = ratios[index]
-            depth[index] = depth_maps[name][0] * (float(own.median()) if len(own) >= MIN_DEPTHS else usual)
-            confidence[index] = depth_maps[name][1]
+    for index, (pixels, z) in seen.items():
+        own, confidence[index] = depth_maps[scene.names[index]]
+        depth[index] = depth_through_points(own, pixels, z) if len(z) >= MIN_DEPTHS else own * usual
     return Scene(**{**vars(scene), "depth": tuple(depth), "confidence": tuple(confidence)})
 
 
-def _depth_ratios(
+def _seen_points(
     scene: Scene, index: int, depth: Float[Tensor, "h w"], confidence: Float[Tensor, "h w"]
-) -> Float[Tensor, " k"]:
-    """Depth of the points that an image sees over that of its depth map there."""
+) -> tuple[Int[Tensor, "k 2"], Float[Tensor, " k"]]:
+    """The pixels (x, y) where an image with a depth map there sees points, and the depths of these."""
     tracks = scene.tracks
     here = tracks.image_indices == index
     pixels = scene.net_from_stored(index, tracks.keypoints[here].double().numpy())
@@ -138,6 +139,6 @@ def _depth_ratios(
     inside = (x >= 0) & (y >= 0) & (x < width) & (y < height)
     pose = scene.cam_from_world[index]
     z = tracks.points_in_world[tracks.point_indices[here]].double() @ pose[2, :3] + pose[2, 3]
-    there = depth[y[inside], x[inside]]
-    usable = (there > 0) & (confidence[y[inside], x[inside]] > 0) & (z[inside] > 0)
-    return (z[inside] / there)[usable].float()
+    x, y, z = x[inside], y[inside], z[inside]
+    usable = (depth[y, x] > 0) & (confidence[y, x] > 0) & (z > 0)
+    return torch.stack([x, y], -1)[usable], z[usable].float()
