@@ -60,7 +60,7 @@ def test_two_processes_of_this_host_do_what_one_does():
     assert found == {i: 100 + i for i in range(6)}
 
 
-@pytest.mark.skipif(find_spec("ray") is None, reason="needs ray")
+@pytest.mark.skipif(find_spec("ray") is None, reason="no wheel of ray for this Python")
 def test_a_ray_worker_that_dies_is_replaced_and_nothing_is_lost_or_done_twice(tmp_path):
     """On a cluster of this host, in a process of its own: Ray warns of many things."""
     done = subprocess.run([sys.executable, "-c", RAY, str(tmp_path)], capture_output=True, text=True, timeout=280)
