@@ -1,6 +1,6 @@
 """COLMAP's pipelines in a process of their own: some of their errors end the process, and their logs are not ours.
 
-Each task takes paths and options as JSON: `python -m dust3r_sfm.colmap_worker map '{"database": ...}'`.
+Each task takes paths and options as JSON: `python -m dust3r_sfm.colmap_worker map_images PARENT < options.json`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,13 @@ WATCH_S = 0.1
 
 def run_task(task: str, timeout_s: float | None = None, **arguments: Any) -> bool:
     """Run one of the tasks below; False where its process failed, ended itself or took too long, which is logged."""
-    arguments_json = json.dumps(arguments, default=str)
-    command = [sys.executable, "-m", "dust3r_sfm.colmap_worker", task, arguments_json, str(os.getpid())]
+    given = json.dumps(arguments, default=str).encode()  # a command line has no room for the names of a collection
+    command = [sys.executable, "-m", "dust3r_sfm.colmap_worker", task, str(os.getpid())]
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
     try:
-        done = subprocess.run(command, capture_output=True, timeout=timeout_s, env=environment, check=False)
+        done = subprocess.run(
+            command, input=given, capture_output=True, timeout=timeout_s, env=environment, check=False
+        )
     except subprocess.TimeoutExpired:
         logger.warning("COLMAP's %s took more than %.0f s and was stopped.", task, timeout_s)
         return False
@@ -40,9 +45,13 @@ def run_task(task: str, timeout_s: float | None = None, **arguments: Any) -> boo
 
 
 def sift(
-    database: str, image_dir: str, names: list[str], pairs: str | None, cameras: dict[str, dict[str, Any]]
+    database: str,
+    image_dir: str,
+    names: list[str],
+    pairs: list[tuple[str, str]] | None,
+    cameras: dict[str, dict[str, Any]],
 ) -> None:
-    """Extract SIFT features, match the pairs of a file (all where None) and verify them by their epipolar geometry.
+    """Extract SIFT features, match pairs (all where None) and verify them by their epipolar geometry.
 
     `cameras` are those that are known, by image name.
     """
@@ -62,10 +71,32 @@ def sift(
     verification: Any = {"ransac": {"random_seed": 0}}
     if pairs is None:
         pycolmap.match_exhaustive(database, verification_options=verification, device=device)
-    else:
+        return
+    with short_names(database) as short, tempfile.TemporaryDirectory() as folder:
+        listed = Path(folder) / "pairs.txt"
+        listed.write_text("".join(f"{short[a]} {short[b]}\n" for a, b in pairs if a in short and b in short))
         pycolmap.match_image_pairs(
-            database, pairing_options={"match_list_path": pairs}, verification_options=verification, device=device
+            database, pairing_options={"match_list_path": listed}, verification_options=verification, device=device
         )
+
+
+@contextmanager
+def short_names(database: str) -> Iterator[dict[str, str]]:
+    """The names that images have in a database meanwhile, by their own: in a list of pairs a blank ends a name."""
+    import pycolmap
+
+    with pycolmap.Database.open(database) as opened:
+        names = {image.image_id: image.name for image in opened.read_all_images()}
+        _rename(opened, {image_id: f"{image_id}:" for image_id in names})
+    yield {name: f"{image_id}:" for image_id, name in names.items()}
+    with pycolmap.Database.open(database) as opened:
+        _rename(opened, names)
+
+
+def _rename(opened: Any, names: dict[int, str]) -> None:
+    for image in opened.read_all_images():
+        image.name = names[image.image_id]
+        opened.update_image(image)
 
 
 def map_images(
@@ -111,8 +142,8 @@ TASKS = {"sift": sift, "map_images": map_images, "triangulate": triangulate}
 
 
 if __name__ == "__main__":
-    end_with(int(sys.argv[3]))
+    end_with(int(sys.argv[2]))
     import pycolmap
 
     pycolmap.logging.logtostderr = True  # else it leaves files in the temporary folder
-    TASKS[sys.argv[1]](**json.loads(sys.argv[2]))
+    TASKS[sys.argv[1]](**json.load(sys.stdin))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dust3r_sfm.alignment.guidance import Trust, guided_matches, merged, predict, refuted, trust
 from dust3r_sfm.colmap_worker import run_task
 from dust3r_sfm.errors import InputError
-from dust3r_sfm.files import replacing, write_bytes
+from dust3r_sfm.files import replacing
 from dust3r_sfm.formats.hloc_features import read_feature_matches, read_features
 from dust3r_sfm.formats.sparse_database import SparseMatches, read_database, write_database
 from dust3r_sfm.geometry.camera import K_from_focal
@@ -92,19 +92,14 @@ def extract_sift(
     if not database.is_file():
         with replacing(database) as temporary:
             temporary.unlink(missing_ok=True)  # of a killed run
-            pairs_path = temporary.with_suffix(".pairs")
-            write_bytes(pairs_path, "\n".join(" ".join(pair) for pair in listed or ()).encode())
-            try:
-                done = run_task(
-                    "sift",
-                    database=temporary.absolute(),
-                    image_dir=image_dir.absolute(),
-                    names=list(names),
-                    pairs=None if listed is None else pairs_path.absolute(),
-                    cameras={name: _plain(camera) for name, camera in (cameras or {}).items()},
-                )
-            finally:
-                pairs_path.unlink()
+            done = run_task(
+                "sift",
+                database=temporary.absolute(),
+                image_dir=image_dir.absolute(),
+                names=list(names),
+                pairs=listed,
+                cameras={name: _plain(camera) for name, camera in (cameras or {}).items()},
+            )
             if not done:
                 temporary.touch()
         if not done:
