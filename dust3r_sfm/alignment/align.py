@@ -172,7 +172,9 @@ def start_component(observations: Observations, cameras: Cameras) -> tuple[Probl
     world_from_cam = torch.where(is_known[:, None, None], known_in_world, world_from_cam)
     depth = transform_points(inverse(world_from_cam).float(), points)[..., 2].clamp(min=MIN_DEPTH)
     limits = initialization.focal_limits(observations, cameras)
-    problem = Problem(observations, rays.to(device), is_free.to(device), limits.to(device))
+    precision = torch.where(cameras.is_focal_known, 0, cameras.focal_sigma**-2)
+    tensors = (x.to(device) for x in (rays, is_free, limits))
+    problem = Problem(observations, *tensors, focal_precision=precision.to(device))
     return problem, State(world_from_cam, focal, depth, to_reference @ start.world_from_pair).to(device), frame
 
 

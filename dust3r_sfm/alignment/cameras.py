@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ class Cameras:
     """Of focal factor 1: the known K, or the stored photo's square pixels with its centre as principal point."""
     is_focal_known: Bool[Tensor, " n"]
     """Where the focal factor is 1."""
+    focal_sigma: Float[Tensor, " n"]
+    """Standard deviation of the logarithm of the focal factor about 0: zero where it is known, infinite where not."""
     cam_from_world: Float[Tensor, "n 4 4"]
     """The known pose; the identity where none is known."""
     is_pose_known: Bool[Tensor, " n"]
@@ -37,6 +40,8 @@ class Cameras:
 
 def cameras_of_views(views: Sequence[View]) -> Cameras:
     """Cameras of the network images; InputError where a known K or pose is none."""
+    sigma = [math.inf if view.known_K is None else view.focal_sigma for view in views]
+    sigma = torch.tensor(sigma, dtype=torch.float64)
     base_K, cam_from_world = [], []
     for view in views:
         width, height = view.original_size
@@ -50,7 +55,8 @@ def cameras_of_views(views: Sequence[View]) -> Cameras:
             cam_from_world[-1] = netcam_from_imgcam @ _checked_pose(view)
     return Cameras(
         base_K=torch.stack(base_K),
-        is_focal_known=torch.tensor([view.known_K is not None for view in views]),
+        is_focal_known=sigma == 0,
+        focal_sigma=sigma,
         cam_from_world=torch.stack(cam_from_world),
         is_pose_known=torch.tensor([view.known_cam_from_world is not None for view in views]),
     )

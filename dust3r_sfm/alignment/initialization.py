@@ -30,13 +30,13 @@ def start_focals(
     rays: Float[Tensor, "n m 3"],
     start: Start,
 ) -> Float[Tensor, " n"]:
-    """Focal factors: 1 where known, else from the pairs that have the image's own camera as their frame.
+    """Focal factors: 1 where there is a prior, else from the pairs that have the image's own camera as their frame.
 
     The median over these pairs by their confidence; an image without such a pair is resected from its points.
     """
     factors = torch.ones(len(observations.names), dtype=torch.float64)
     for n, grid in enumerate(observations.grids):
-        if cameras.is_focal_known[n]:
+        if cameras.focal_sigma[n].isfinite():
             continue
         focal_px = _focal_of_own_pairs(observations, cameras.base_K[n, :2, 2], n)
         if focal_px is None:

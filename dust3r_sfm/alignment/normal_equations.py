@@ -20,7 +20,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dust3r_sfm.alignment.objective import CAMERA_DOF, PAIR_DOF, Evaluation, Problem, State, focused_rays
+from dust3r_sfm.alignment.objective import (
+    CAMERA_DOF,
+    FOCAL_INDEX,
+    PAIR_DOF,
+    Evaluation,
+    Problem,
+    State,
+    focal_weights,
+    focused_rays,
+)
 
 CHUNK_PAIRS = 64
 MAX_CG_ITERS = 40
@@ -161,6 +170,9 @@ def normal_equations(problem: Problem, state: State, evaluation: Evaluation) -> 
     H_i = H.new_zeros(n, CAMERA_DOF, CAMERA_DOF)
     H_i.index_add_(0, images.flatten(), H[..., :CAMERA_DOF, :CAMERA_DOF].flatten(0, 1))
     g_i = g.new_zeros(n, CAMERA_DOF).index_add_(0, images.flatten(), g[..., :CAMERA_DOF].flatten(0, 1))
+    prior = focal_weights(problem)
+    H_i[:, FOCAL_INDEX, FOCAL_INDEX] += prior
+    g_i[:, FOCAL_INDEX] += prior * state.focal.log()
     return NormalEquations(
         images=images,
         is_free=problem.is_free,

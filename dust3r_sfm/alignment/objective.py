@@ -13,6 +13,7 @@ pixel along its ray in closed form.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +26,10 @@ from dust3r_sfm.geometry.transforms import rigid_transform, transform_points
 MIN_RESIDUAL = 1e-3
 """Residuals below count as squares: the precision at which an absolute value is not followed any more."""
 MIN_DEPTH = 1e-3
+OUTLIER_FACTOR = 3.0
+"""Pairs count half where their mean residual is so many times the median pair's."""
+STATEMENTS = 4.0
+"""Independent statements that a pair is worth against what is known beforehand: pixels err together."""
 MIN_OUTLIER_DISTANCE = 0.02
 """Pairs are never suspected for a mean residual of this fraction of their points' distance."""
 CAMERA_DOF = 8
@@ -47,6 +52,8 @@ class Problem:
     """Least and largest focal factor."""
     outlier_distance: float = float("inf")
     """Mean residual at which a pair counts half, in pairs' units."""
+    focal_precision: Float[Tensor, " n"] | float = 0.0
+    """1 / variance of the logarithm of focal factors about 0; zero where nothing is known beforehand."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,11 +109,21 @@ def evaluate(problem: Problem, state: State) -> Evaluation:
     total = observations.weights.sum(dim=(0, 2))
     distances = (observations.weights * residuals).sum(dim=(0, 2)) / total
     belief = 1 / (1 + distances / problem.outlier_distance)
-    cost = float((total * distances * belief).sum() / total.sum())
+    cost = (total * distances * belief).sum().double() / total.sum()
+    cost = float(cost + 0.5 * (focal_weights(problem) * state.focal.log().square()).sum())
     # The derivative of f / (1 + f / c) is belief squared.
     weights = observations.weights * (belief.square() / total.sum())[:, None] / residuals.clamp(min=MIN_RESIDUAL)
     weights = weights / scales.square()  # for residuals in the world's unit
     return Evaluation(cost, points, in_world, weights, distances)
+
+
+def focal_weights(problem: Problem) -> Float[Tensor, " n"] | float:
+    """What a squared logarithm of a focal factor costs, in units in which the pairs' mean residual is the cost.
+
+    As negative log-likelihoods: of the prior a Gaussian's, of a pair that of `STATEMENTS` residuals of usual size.
+    """
+    num_pairs, usual = problem.observations.images.shape[1], problem.outlier_distance / OUTLIER_FACTOR
+    return problem.focal_precision * (usual / (STATEMENTS * num_pairs) if math.isfinite(usual) else 0.0)
 
 
 def refine_depth(problem: Problem, state: State, evaluation: Evaluation) -> State:

@@ -9,6 +9,7 @@ from dust3r_sfm.alignment.objective import (
     DEPTH_INDEX,
     FOCAL_INDEX,
     MIN_OUTLIER_DISTANCE,
+    OUTLIER_FACTOR,
     Evaluation,
     Problem,
     State,
@@ -34,7 +35,9 @@ def with_settled_depth(problem: Problem, state: State) -> tuple[Problem, State]:
 
 
 def with_outlier_distance(problem: Problem, evaluation: Evaluation) -> Problem:
-    return replace(problem, outlier_distance=max(3 * float(evaluation.distances.median()), MIN_OUTLIER_DISTANCE))
+    return replace(
+        problem, outlier_distance=max(OUTLIER_FACTOR * float(evaluation.distances.median()), MIN_OUTLIER_DISTANCE)
+    )
 
 
 def minimize_robustly(

@@ -85,6 +85,19 @@ def test_the_gradient_is_the_derivative_of_the_cost(outlier_distance):
         assert float(slope) == pytest.approx((ahead - behind) / (2 * h), rel=0.05, abs=2e-3)
 
 
+def test_a_focal_prior_costs_as_a_gaussian_and_the_gradient_has_it():
+    problem, state = true_problem(noise=0.1)
+    problem = replace(problem, outlier_distance=0.3, focal_precision=torch.tensor([0.0, 100.0, 2500.0]).double())
+    state = replace(state, focal=torch.tensor([1.1, 0.9, 1.05], dtype=torch.float64))
+    free = replace(problem, focal_precision=0.0)
+    told, untold = (normal_equations(p, state, evaluate(p, state)) for p in (problem, free))
+    unit = 0.1 / (4 * 6)  # of the six pairs' mean residual, each as good as four of a third of the outlier distance
+    added = evaluate(problem, state).cost - evaluate(free, state).cost
+    assert added == pytest.approx(unit * (100 * math.log(0.9) ** 2 + 2500 * math.log(1.05) ** 2) / 2, rel=1e-4)
+    expected = unit * torch.tensor([0, 100 * math.log(0.9), 2500 * math.log(1.05)], dtype=torch.float64)
+    torch.testing.assert_close((told.g_i - untold.g_i)[:, 7], expected, rtol=1e-4, atol=1e-9)
+
+
 def test_the_step_solves_the_equations_in_all_unknowns():
     """Against the dense matrix of all cameras, pairs and depths."""
     problem, state = true_problem(noise=0.1, max_samples=40)
