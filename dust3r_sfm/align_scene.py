@@ -6,16 +6,20 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
+import torch
 from tqdm import tqdm
 
 from dust3r_sfm.alignment.align import AlignConfig, iterate_components
 from dust3r_sfm.errors import InputError
+from dust3r_sfm.files import writing
 from dust3r_sfm.formats.known_cameras import read_known_cameras
 from dust3r_sfm.formats.pairs import read_pairs
 from dust3r_sfm.formats.pointmaps import PointmapFile
 from dust3r_sfm.formats.scenes import write_scenes
-from dust3r_sfm.pairs import Predictions, SomePredictions, size_of
+from dust3r_sfm.pair_network import InferConfig, pick_device
+from dust3r_sfm.pairs import Predictions, PredictionsOn, SomePredictions, size_of
 from dust3r_sfm.scene import Scene
 from dust3r_sfm.views import SQUARE_CROP_SIZE, View, load_views
 
@@ -31,6 +35,7 @@ def main(
     output: Path,
     pairs: Path | None = None,
     cameras: Path | None = None,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
     config: AlignConfig = AlignConfig(),  # noqa: B008  frozen
 ) -> list[Scene]:
     """Put the pointmaps of all pairs into one frame for each connected group of images.
@@ -41,18 +46,20 @@ def main(
         output: The file to write, such as scene.h5.
         pairs: Pairs file of the directed pairs to use, as filter_pairs writes it; all where not given.
         cameras: A cameras.json or a COLMAP model whose intrinsics and poses are kept, of any of the photos.
+        device: Where the alignment is sought; auto takes cuda where there is one.
         config: How the alignment is sought.
     """
-    with PointmapFile(pointmaps) as predictions:
-        used = _chosen(predictions, pairs)
-        views = _load_views(image_dir, used, cameras)
-        scenes = []
-        with tqdm(total=len(views), desc="Align", unit="image", disable=None) as bar:
-            for scene in iterate_components(views, used, config):
-                scenes.append(scene)
-                bar.update(len(scene.names))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_scenes(output, scenes)
+    where = alignment_device(InferConfig(device=device))
+    with writing(output):
+        with PointmapFile(pointmaps) as predictions:
+            used = _chosen(predictions, pairs)
+            views = _load_views(image_dir, used, cameras)
+            scenes = []
+            with tqdm(total=len(views), desc="Align", unit="image", disable=None) as bar:
+                for scene in iterate_components(views, PredictionsOn(used, where), config):
+                    scenes.append(scene)
+                    bar.update(len(scene.names))
+        write_scenes(output, scenes)
     num_aligned = sum(len(scene.names) for scene in scenes)
     doubts = {pair: reason for scene in scenes for pair, reason in scene.doubts.items()}
     for pair, reason in sorted(doubts.items())[:MAX_NAMED]:
@@ -61,6 +68,12 @@ def main(
         logger.warning("%d more pairs have no say either.", len(doubts) - MAX_NAMED)
     logger.info("Aligned %d of %d images in %d scenes: %s.", num_aligned, len(views), len(scenes), output)
     return scenes
+
+
+def alignment_device(config: InferConfig) -> torch.device:
+    """The network's device where it computes in double precision, as CUDA does, else the CPU."""
+    device = pick_device(config)
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _chosen(predictions: Predictions, pairs: Path | None) -> Predictions:

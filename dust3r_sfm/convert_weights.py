@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from dust3r_sfm.errors import InputError
+from dust3r_sfm.files import writing
 from dust3r_sfm.models.apgem import read_published, save_apgem
 
 logger = logging.getLogger(__name__)
@@ -20,14 +21,14 @@ def main(checkpoint: Path, output: Path, whitening: str = "Landmarks_clean") -> 
         output: The file to write, such as apgem.safetensors.
         whitening: Which of the checkpoint's PCAs to keep.
     """
-    if not checkpoint.is_file():
-        raise InputError(f"there is no checkpoint {checkpoint}: name the published .pt, unpacked from its archive")
-    try:
-        model = read_published(checkpoint, whitening)
-    except InputError as error:
-        raise InputError(f"cannot convert {checkpoint}: {error}") from error
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_apgem(model, output)
+    with writing(output):
+        if not checkpoint.is_file():
+            raise InputError(f"there is no checkpoint {checkpoint}: name the published .pt, unpacked from its archive")
+        try:
+            model = read_published(checkpoint, whitening)
+        except InputError as error:
+            raise InputError(f"cannot convert {checkpoint}: {error}") from error
+        save_apgem(model, output)
     whitened = "without whitening" if model.pca is None else f"whitened by {whitening}"
     logger.info("%s: %s, %d numbers an image, %s.", output, model.config.architecture, model.dim, whitened)
 

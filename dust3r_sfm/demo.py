@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dust3r_sfm import reconstruct
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.evaluate import PoseReport, evaluate_model
-from dust3r_sfm.files import write_bytes
+from dust3r_sfm.files import write_bytes, writing
 from dust3r_sfm.training.synthetic import SyntheticViews, demo_views
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,9 @@ def main(output: Path = Path("demo"), model: str | None = None, num_views: int =
         raise InputError(f"a scene needs at least 2 views, got {num_views}")
     if (output / "images").exists() and not _is_demo(output):
         raise InputError(f"{output / 'images'} holds other photos: choose another output folder")
-    write_photos(output, num_views, seed)
-    reconstruct.main(output / "images", output, model)
+    with writing(output / "images", is_folder=True):
+        write_photos(output, num_views, seed)
+        reconstruct.main(output / "images", output, model)
     report = evaluate_model(output / "sparse", output)
     errors = f"rotation {report.median_rotation_deg:.2f}, translation direction {report.median_translation_deg:.2f}"
     print(f"{report.num_registered} of {report.num_images} photos registered; median error in degrees: {errors}.")

@@ -17,7 +17,7 @@ import torch
 
 from dust3r_sfm.alignment.tracks import TrackConfig, build_tracks
 from dust3r_sfm.errors import InputError, ReconstructionError
-from dust3r_sfm.files import LOCK_NAME
+from dust3r_sfm.files import LOCK_NAME, holding
 from dust3r_sfm.formats.colmap import check_text_names, first_ids, write_colmap
 from dust3r_sfm.formats.colmap_files import model_files
 from dust3r_sfm.formats.database import write_database
@@ -83,16 +83,18 @@ def main(
         config: How points are made of matches.
         export: What to write and how.
     """
-    scenes = read_scenes(scene)
-    if text:
-        check_text_names(name for one in scenes for name in one.names)
-    views = load_scene_views(scenes, image_dir)
-    if masks is not None:
-        views = read_masks(masks, views)
-    found = None if matches is None else read_matches(matches)
-    if found is not None:
-        scenes = [one if _num_points(one) else build_tracks(one, found, views, config) for one in scenes]
-    export_scenes(scenes, views, output, text, export, image_dir, found)
+    refuse_foreign_model(output)
+    with holding(output):
+        scenes = read_scenes(scene)
+        if text:
+            check_text_names(name for one in scenes for name in one.names)
+        views = load_scene_views(scenes, image_dir)
+        if masks is not None:
+            views = read_masks(masks, views)
+        found = None if matches is None else read_matches(matches)
+        if found is not None:
+            scenes = [one if _num_points(one) else build_tracks(one, found, views, config) for one in scenes]
+        export_scenes(scenes, views, output, text, export, image_dir, found)
     num_images, num_points = (sum(map(count, scenes)) for count in (lambda s: len(s.names), _num_points))
     logger.info("%d models of %d images and %d points are in %s.", len(scenes), num_images, num_points, output)
 
@@ -152,6 +154,12 @@ def check_formats(config: ExportConfig, names: Iterable[str]) -> None:
         check_names(names)
     if "glb" in config.formats and find_spec("trimesh") is None:
         raise InputError('GLB files need trimesh: pip install "dust3r_sfm[view]"')
+
+
+def refuse_foreign_model(output: Path) -> None:
+    """InputError where `sparse` exists and no run of ours was ever in the folder: it may be someone's only copy."""
+    if (output / "sparse").exists() and not (output / LOCK_NAME).exists():
+        raise InputError(f"{output / 'sparse'} exists and was not made here: choose another output folder")
 
 
 def load_scene_views(scenes: Sequence[Scene], image_dir: Path) -> list[View]:

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dust3r_sfm.errors import InputError
-from dust3r_sfm.files import write_bytes
+from dust3r_sfm.files import write_bytes, writing
 from dust3r_sfm.formats.video import Frame, Timeline, read_frames, read_timeline
 
 logger = logging.getLogger(__name__)
@@ -68,25 +69,34 @@ def extract_frames(video: Path, output: Path, config: FrameConfig = FrameConfig(
     """
     if not (config.fps > 0 and config.max_frames >= 2):
         raise InputError(f"expected fps above 0 and max_frames of 2 or more, got {config.fps} and {config.max_frames}")
-    key = _key(video, config)
     note = output / NOTE
-    if output.exists() and any(output.iterdir()) and not note.is_file():
-        raise InputError(f"{output} holds other files: choose another folder for the frames")
-    earlier = json.loads(note.read_text()) if note.is_file() else {}
-    if earlier.get("key") == key:
-        return list(earlier["times_s"])
-    timeline = read_timeline(video)
-    temporary = output.with_name(f"{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        times = _write_frames(video, timeline, temporary, config)
+    with writing(output, is_folder=True), _beside(output) as (temporary, old):
+        key = _key(video, config)
+        if output.exists() and any(output.iterdir()) and not note.is_file():
+            raise InputError(f"{output} holds other files: choose another folder for the frames")
+        earlier = json.loads(note.read_text()) if note.is_file() else {}
+        if earlier.get("key") == key:
+            return list(earlier["times_s"])
+        times = _write_frames(video, read_timeline(video), temporary, config)
         write_bytes(temporary / NOTE, json.dumps({"key": key, "times_s": times}, indent=1).encode())
-        shutil.rmtree(output, ignore_errors=True)
+        if output.exists():
+            os.replace(output, old)  # at once: a kill must leave no half of it
         os.replace(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return list(times)
+
+
+@contextmanager
+def _beside(output: Path) -> Iterator[tuple[Path, Path]]:
+    """A new folder and the name of none, which are gone before and after, also those of a killed run."""
+    folders = output.with_name(f".{output.name}.tmp"), output.with_name(f".{output.name}.old")
+    try:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        folders[0].mkdir()
+        yield folders
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_frames(video: Path, timeline: Timeline, folder: Path, config: FrameConfig) -> dict[str, float]:

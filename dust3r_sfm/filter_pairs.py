@@ -23,6 +23,7 @@ from tqdm import tqdm
 from dust3r_sfm.alignment.contradictions import PairVerdict, judge_pairs
 from dust3r_sfm.alignment.relations import PairSamples, sample_pair
 from dust3r_sfm.errors import InputError, ReconstructionError
+from dust3r_sfm.files import writing
 from dust3r_sfm.formats.pairs import write_pairs
 from dust3r_sfm.graph import connected_components, maximum_spanning_tree, symmetrize
 from dust3r_sfm.pairs import Pair, PairPrediction, Predictions, SomePredictions
@@ -68,10 +69,10 @@ def main(pointmaps: Path, output: Path, config: FilterConfig = FilterConfig()) -
     """
     from dust3r_sfm.formats.pointmaps import PointmapFile
 
-    with PointmapFile(pointmaps) as predictions:
-        kept = list(filter_pairs(predictions, config))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_pairs(output, kept)
+    with writing(output):
+        with PointmapFile(pointmaps) as predictions:
+            kept = list(filter_pairs(predictions, config))
+        write_pairs(output, kept)
 
 
 def filter_pairs(predictions: Predictions, config: FilterConfig = FilterConfig()) -> Predictions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dust3r_sfm.errors import InputError
+from dust3r_sfm.files import writing
 from dust3r_sfm.formats.descriptors import DescriptorFile
 from dust3r_sfm.formats.exif import enu_positions, read_exif
 from dust3r_sfm.formats.pairs import write_pairs
@@ -69,14 +71,12 @@ def main(
     if num_matched < 1:
         raise InputError(f"num_matched must be at least 1, got {num_matched}")
     db_paths = (db_descriptors,) if isinstance(db_descriptors, Path) else db_descriptors or (descriptors,)
-    with DescriptorFile(descriptors) as query_file, DescriptorFile(*db_paths) as db_file:
+    with writing(output), DescriptorFile(descriptors) as query_file, DescriptorFile(*db_paths) as db_file:
         queries = _select(query_file.names, query_prefix, query_list, None, "query")
         database = _select(db_file.names, db_prefix, db_list, db_model, "database")
         if graph and queries != database:
             raise InputError("a graph is over one set of images: say nothing of queries, or the same of both")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        work = output.with_name(f".{output.stem}.search-{_fingerprint([*db_paths], database)}")
-        work.mkdir(exist_ok=True)
+        work = _search_folder(output, _fingerprint([*db_paths], database))
         with query_file.matrix(queries, work) as query_rows, db_file.matrix(database, work) as rows:
             neighbors = top_k(query_rows, rows, num_matched + 1, work)
             if graph:
@@ -84,8 +84,8 @@ def main(
                 pairs = list(pair_graph(database, rows, num_matched, sequence_window, neighbors, places))
             else:
                 pairs = _nearest_pairs(queries, database, neighbors, num_matched)
-    write_pairs(output, pairs)
-    rmtree(work)
+        write_pairs(output, pairs)
+        rmtree(work)
     parts = connected_components(sorted({*queries, *database}), pairs)
     logger.info("%d pairs of %d images, in %d parts, are in %s.", len(pairs), sum(map(len, parts)), len(parts), output)
 
@@ -215,6 +215,15 @@ def _fingerprint(paths: Sequence[Path], names: Sequence[str]) -> str:
     """Of the database: what a killed search left behind is used for the same one only."""
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return sha256(repr((stats, list(names))).encode()).hexdigest()[:16]
+
+
+def _search_folder(output: Path, fingerprint: str) -> Path:
+    """Where the index of a search lies until it has ended; those that killed searches of other databases left go."""
+    work = output.with_name(f".{output.stem}.search-{fingerprint}")
+    for left in set(output.parent.glob(f".{glob.escape(output.stem)}.search-*")) - {work}:
+        rmtree(left, ignore_errors=True)
+    work.mkdir(exist_ok=True)
+    return work
 
 
 def _positions(queries: Sequence[str], database: Sequence[str]) -> Int[Tensor, " q"]:

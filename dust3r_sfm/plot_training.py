@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dust3r_sfm.errors import InputError
-from dust3r_sfm.files import replacing
+from dust3r_sfm.files import replacing, writing
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def main(history: Path, output: Path | None = None) -> None:
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
         _draw(axes, title, {name: points for name in names if (points := _points(rows, name))})
-    with replacing(output) as temporary:
+    with writing(output), replacing(output) as temporary:
         figure.savefig(temporary, format=output.suffix[1:], dpi=110)
     logger.info("%d rows of %s drawn in %s.", len(rows), history, output)
 

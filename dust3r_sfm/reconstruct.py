@@ -16,14 +16,15 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from dust3r_sfm.align_scene import alignment_device
 from dust3r_sfm.alignment.align import AlignConfig, iterate_components
 from dust3r_sfm.alignment.refine import RefineConfig
 from dust3r_sfm.alignment.tracks import TrackConfig, build_tracks
 from dust3r_sfm.engine import EngineConfig
 from dust3r_sfm.errors import InputError, ReconstructionError
-from dust3r_sfm.export_scene import ExportConfig, check_formats, export_scenes
+from dust3r_sfm.export_scene import ExportConfig, check_formats, export_scenes, refuse_foreign_model
 from dust3r_sfm.extract_frames import FrameConfig, extract_frames
-from dust3r_sfm.files import LOCK_NAME, holding, write_bytes
+from dust3r_sfm.files import holding, write_bytes
 from dust3r_sfm.filter_pairs import FilterConfig, decide_pairs, keep_pairs, with_doubts
 from dust3r_sfm.formats.colmap import check_text_names
 from dust3r_sfm.formats.known_cameras import read_known_cameras
@@ -36,7 +37,7 @@ from dust3r_sfm.graph import PairKind, make_pairs, symmetrize
 from dust3r_sfm.infer_pairs import InferConfig, infer_pairs, prediction_keys
 from dust3r_sfm.match_dense import MatchConfig, match_dense
 from dust3r_sfm.models.dust3r import Dust3r
-from dust3r_sfm.pairs import Matches, Pair, Predictions, SomePredictions
+from dust3r_sfm.pairs import Matches, Pair, Predictions, PredictionsOn, SomePredictions
 from dust3r_sfm.pairs_from_retrieval import pairs_from_retrieval
 from dust3r_sfm.priors import PriorConfig, in_known_frame, with_known_depths, with_priors
 from dust3r_sfm.reference import model_folder, warn_of_missing
@@ -123,7 +124,7 @@ def main(
     given = (features, matches) if features is not None and matches is not None else None
     if config.engine.shard is not None:
         raise InputError("a share is done by single stages: extract-descriptors and infer-pairs take --shard")
-    _refuse_foreign_model(output)
+    refuse_foreign_model(output)
     summary = Summary()
     with holding(output):
         if video is not None:
@@ -218,7 +219,7 @@ def _align_and_match(
         summary.decisions = decide_pairs(predictions, summary.names, config.filter, num_verified)
         kept = keep_pairs(predictions, summary.decisions)
     with summary.timed("align_scene"):
-        scenes = _align(network, views, kept, output, config.align)
+        scenes = _align(network, views, kept, output, config)
         summary.decisions = with_doubts(summary.decisions, scenes)
         kept = SomePredictions(predictions, [decision.pair for decision in summary.decisions if decision.kept])
     with summary.timed("match_dense"):
@@ -301,33 +302,27 @@ def _choose_pairs(
 
 
 def _align(
-    network: Dust3r, views: Sequence[View], predictions: Predictions, output: Path, config: AlignConfig
+    network: Dust3r, views: Sequence[View], predictions: Predictions, output: Path, config: ReconstructConfig
 ) -> list[Scene]:
     """Aligned scenes; those of an earlier run where nothing that they depend on has changed."""
     keys = prediction_keys(network, views, list(predictions)).values()
     known = [(view.name, view.known_K, view.known_cam_from_world, view.lens) for view in views]
     masks = [b"" if view.mask is None else view.mask.cpu().numpy().tobytes() for view in views]
     known = repr([[x.tolist() if isinstance(x, torch.Tensor) else x for x in k] for k in known])
-    key = hash_of(repr(config), known, *masks, *keys)
+    key = hash_of(repr(config.align), known, *masks, *keys)
     path, done = output / "aligned.h5", output / ".aligned.json"
     if path.is_file() and done.is_file() and json.loads(done.read_text()) == key:
         logger.info("The scene in %s is aligned already.", path)
         return read_scenes(path)
     done.unlink(missing_ok=True)  # before the scene changes: a kill in between must not leave an old key beside it
-    scenes = []
+    scenes, there = [], PredictionsOn(predictions, alignment_device(config.infer))
     with tqdm(total=len(views), desc="Align", unit="image", disable=None) as bar:
-        for scene in iterate_components(views, predictions, config):
+        for scene in iterate_components(views, there, config.align):
             scenes.append(scene)
             bar.update(len(scene.names))
     write_scenes(path, scenes)
     write_bytes(done, json.dumps(key).encode())
     return read_scenes(path)  # as a second run has them, rounded
-
-
-def _refuse_foreign_model(output: Path) -> None:
-    """InputError where `sparse` exists and no run of ours was ever in the folder: it may be someone's only copy."""
-    if (output / "sparse").exists() and not (output / LOCK_NAME).exists():
-        raise InputError(f"{output / 'sparse'} exists and was not made here: choose another output folder")
 
 
 if __name__ == "__main__":

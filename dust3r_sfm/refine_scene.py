@@ -35,7 +35,7 @@ from dust3r_sfm.alignment.tracks import TrackConfig, build_tracks
 from dust3r_sfm.alignment.validation import refine_validated
 from dust3r_sfm.continued_mapping import continue_mapping
 from dust3r_sfm.export_scene import load_scene_views
-from dust3r_sfm.files import write_bytes
+from dust3r_sfm.files import write_bytes, writing
 from dust3r_sfm.formats.colmap import colmap_from_scene
 from dust3r_sfm.formats.colmap_scenes import DepthMaps, scene_from_colmap, seen_maps
 from dust3r_sfm.formats.matches import read_matches
@@ -91,19 +91,20 @@ def main(
         feature_matches: The match file of hloc that goes with the features.
         config: How the models are adjusted.
     """
-    scenes = read_scenes(scene)
-    views = load_scene_views(scenes, image_dir)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    dense = read_matches(matches)
     check_both(features, feature_matches)
-    if features is not None and feature_matches is not None:
-        sparse = import_features(image_dir, views, features, feature_matches)
-    else:
-        pairs = None if len(views) <= 40 else dense
-        sparse = extract_sift(image_dir, [view.name for view in views], pairs, output.with_name("features.db"))
-    scenes = [build_tracks(one, dense, views) for one in scenes]
-    refinement = refine_scenes(views, scenes, dense, sparse, output.parent, config)
-    write_scenes(output, refinement.scenes)
+    database = output.with_name("features.db")
+    with writing(output), writing(database):
+        scenes = read_scenes(scene)
+        views = load_scene_views(scenes, image_dir)
+        dense = read_matches(matches)
+        if features is not None and feature_matches is not None:
+            sparse = import_features(image_dir, views, features, feature_matches)
+        else:
+            pairs = None if len(views) <= 40 else dense
+            sparse = extract_sift(image_dir, [view.name for view in views], pairs, database)
+        scenes = [build_tracks(one, dense, views) for one in scenes]
+        refinement = refine_scenes(views, scenes, dense, sparse, output.parent, config)
+        write_scenes(output, refinement.scenes)
     logger.info("%s %s", closing_line(refinement), output)
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dust3r_sfm.alignment.guidance import Trust, guided_matches, merged, predict, refuted, trust
 from dust3r_sfm.colmap_worker import run_task
 from dust3r_sfm.errors import InputError
-from dust3r_sfm.files import replacing
+from dust3r_sfm.files import replacing, writing
 from dust3r_sfm.formats.hloc_features import read_feature_matches, read_features
 from dust3r_sfm.formats.sparse_database import SparseMatches, read_database, write_database
 from dust3r_sfm.geometry.camera import K_from_focal
@@ -56,15 +56,15 @@ def main(
         matches: The match file of hloc that goes with the features.
     """
     check_both(features, matches)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    names = list_images(image_dir)
-    if features is not None and matches is not None:
-        sparse = import_features(image_dir, load_views(image_dir, PREVIEW_SIZE), features, matches)
-        cameras = list(sparse.cameras.values())
-        with replacing(output) as temporary:
-            write_database(temporary, list(sparse.cameras), cameras, sparse)
-    else:
-        sparse = extract_sift(image_dir, names, None, output)
+    with writing(output):
+        names = list_images(image_dir)
+        if features is not None and matches is not None:
+            sparse = import_features(image_dir, load_views(image_dir, PREVIEW_SIZE), features, matches)
+            cameras = list(sparse.cameras.values())
+            with replacing(output) as temporary:
+                write_database(temporary, list(sparse.cameras), cameras, sparse)
+        else:
+            sparse = extract_sift(image_dir, names, None, output)
     logger.info("%d pairs of %d photos share verified matches: %s.", len(sparse.geometries), len(names), output)
 
 

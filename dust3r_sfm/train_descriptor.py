@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dust3r_sfm.errors import InputError
+from dust3r_sfm.files import writing
 from dust3r_sfm.infer_pairs import InferConfig, computes_in_bfloat16, pick_device
 from dust3r_sfm.models.descriptor import EncoderDescriptor, save_descriptor
 from dust3r_sfm.models.dust3r import Dust3r
@@ -55,24 +56,26 @@ def main(
     """
     if num_places < 10 or num_views < 2:
         raise InputError(f"at least 10 places of 2 views are needed, got {num_places} of {num_views}")
-    device = pick_device(config)
-    descriptor = EncoderDescriptor(Dust3r.from_pretrained(model)).to(device)
-    images = generated_textures(num_generated, seed)
-    if textures is not None:
-        images = torch.cat([photo_textures(textures), images])
-    dice = Dice(device, seed)
-    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))].to(device)
-    if flat:
-        num_places = min(num_places, len(images))
-        batches = _flat_batches(images[:num_places], dice, num_views, *_size(descriptor))
-    else:
-        batches = _world_batches(with_mipmaps(images), dice, num_places, num_views, *_size(descriptor))
-    with tqdm(total=num_places * num_views, desc="Places", unit="image", disable=None) as bar:
-        features = _pooled(descriptor, batches, bar)
-    places = torch.arange(num_places, device=device).repeat_interleave(num_views)
-    descriptor.projection, losses = learn_projection(features, places, projection, torch.Generator().manual_seed(seed))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_descriptor(descriptor, output)
+    with writing(output):
+        device = pick_device(config)
+        descriptor = EncoderDescriptor(Dust3r.from_pretrained(model)).to(device)
+        images = generated_textures(num_generated, seed)
+        if textures is not None:
+            images = torch.cat([photo_textures(textures), images])
+        dice = Dice(device, seed)
+        images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))].to(device)
+        if flat:
+            num_places = min(num_places, len(images))
+            batches = _flat_batches(images[:num_places], dice, num_views, *_size(descriptor))
+        else:
+            batches = _world_batches(with_mipmaps(images), dice, num_places, num_views, *_size(descriptor))
+        with tqdm(total=num_places * num_views, desc="Places", unit="image", disable=None) as bar:
+            features = _pooled(descriptor, batches, bar)
+        places = torch.arange(num_places, device=device).repeat_interleave(num_views)
+        descriptor.projection, losses = learn_projection(
+            features, places, projection, torch.Generator().manual_seed(seed)
+        )
+        save_descriptor(descriptor, output)
     logger.info("Held-out AP %.3f whitened, %.3f learned; written to %s.", 1 - losses[0], 1 - min(losses), output)
     return losses
 

@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.export_scene import load_scene_views
+from dust3r_sfm.files import writing
 from dust3r_sfm.formats.pictures import colorize, nearness
 from dust3r_sfm.formats.scene_page import write_scene_page
 from dust3r_sfm.formats.scenes import read_scenes
@@ -62,9 +63,8 @@ def main(
         raise InputError(f"at least one point must be drawn, got max_points {max_points}")
     scenes, views, edges = load_run(folder, image_dir)
     if export is not None:
-        if export.is_dir():
-            raise InputError(f"{export} is a folder: give the file to write, such as {export / 'scene.html'}")
-        write_scene_page(export, scenes, views, edges, max_points)
+        with writing(export):
+            write_scene_page(export, scenes, views, edges, max_points)
         logger.info("%s: %.1f MB, opens in any browser.", export, export.stat().st_size / 1e6)
         return
     server = serve(scenes, views, edges, max_points, host, port)

@@ -61,7 +61,7 @@ def test_mistakes_are_told_in_a_sentence(run, capsys):
     for arguments, sentence in [
         ([str(run / "empty")], "there is no scene.h5 in"),
         ([str(run), "--image_dir", "nowhere"], "the photos are not in nowhere: say where they are with --image_dir"),
-        ([str(run), "--export", str(run)], "is a folder: give the file to write"),
+        ([str(run), "--export", str(run)], "is a folder: name the file to write"),
         ([str(run), "--max_points", "0"], "at least one point must be drawn"),
     ]:
         assert command_line(["view", *arguments]) == 2
