@@ -15,12 +15,12 @@ import pycolmap
 import torch
 from jaxtyping import Float
 
+from dust3r_sfm.alignment.focal_priors import FocalPriors
 from dust3r_sfm.alignment.refine import (
     MIN_VERIFIED,
     NO_DISTORTION,
     Adjustment,
     CameraModel,
-    FocalPriors,
     RefineConfig,
     Support,
     rebuilt,
@@ -204,7 +204,10 @@ def map_images(
 
 
 def _polished(reconstruction: pycolmap.Reconstruction, known: Known, config: RefineConfig) -> Model:
-    """A mapped model with one camera for all photos of a size, where that explains about as much."""
+    """A mapped model, adjusted to focal priors, with one camera for photos of a size where that explains as much."""
+    if known.focal_priors:  # COLMAP's mapping takes them for a start
+        once = dataclasses.replace(config, num_rounds=1)
+        reconstruction = _refined(reconstruction, once, known).reconstruction
     own = support(reconstruction, config)
     shared = share_cameras(reconstruction, own, known, config)
     if shared is None:

@@ -40,7 +40,7 @@ class PriorConfig:
     """Photos of one size that share one camera: all, those of a folder, those whose EXIF names the same camera and
     focal length, or none; auto shares where that explains the matches as well."""
     focal: Literal["free", "exif"] = "free"
-    """exif: focal lengths are what EXIF says, and refined within three times focal_sigma."""
+    """exif: focal lengths are what EXIF says, up to an error of standard deviation focal_sigma, which is estimated."""
     focal_sigma: float = 0.03
     """Relative standard deviation of EXIF's focal lengths."""
     gps: Literal["auto", "ignore"] = "auto"

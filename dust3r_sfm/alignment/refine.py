@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import pycolmap
 
+from dust3r_sfm.alignment.focal_priors import Bundle, FocalPriors, bundle_with_priors, take_over
 from dust3r_sfm.geometry.lens import PINHOLES, Lens, bend_px, camera_with_lens, lens_of
 from dust3r_sfm.scene import Tracks
 
@@ -17,8 +18,6 @@ MIN_VERIFIED = 30
 """Points that an image must see for its pose to count as verified; COLMAP asks as much to register one."""
 MAX_FOCAL_RATIO = 2.0
 """A focal that leaves its prior by more, up or down, is set back and held."""
-MAX_FOCAL_SIGMAS = 3.0
-"""So is one that leaves a prior of known standard deviation by more of these."""
 FOCAL_BOUNDS = (0.2, 10.0)
 """Focals over the longer side of the image that any camera may have."""
 WORSE = 0.98
@@ -26,8 +25,6 @@ WORSE = 0.98
 MIN_BEND_PX = 0.5
 """Distortion that moves no pixel of an image further is left out of its model."""
 CameraModel = Literal["SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV"]
-FocalPriors = Mapping[str, tuple[float, float]]
-"""By image name a focal length in pixels of the stored file, and its relative standard deviation."""
 NO_DISTORTION = {"SIMPLE_RADIAL": (0.0,), "RADIAL": (0.0, 0.0), "OPENCV": (0.0, 0.0, 0.0, 0.0)}
 
 
@@ -88,18 +85,19 @@ def refine(
     """The model after rounds of robust bundle adjustment and of dropping what does not fit, as a copy.
 
     Poses and intrinsics of the named images are held. Focals whose value and relative standard
-    deviation are given stay within `MAX_FOCAL_SIGMAS` of them. The given model is returned where the
+    deviation are given are drawn to them as by a Gaussian prior. The given model is returned where the
     solver fails, a camera leaves all bounds, or fewer images or pixels are explained afterwards.
     """
     before = support(reconstruction, config)
     candidate = pycolmap.Reconstruction(reconstruction)
     names = {image.name for image in candidate.images.values()}
-    limits = _focal_limits(candidate, focal_priors or {})
+    start = {i: camera.mean_focal_length() for i, camera in candidate.cameras.items()}
+    held = set(constant_poses), set(constant_intrinsics)
     fault = ""
     if len(names) < 2 or candidate.num_points3D() < MIN_VERIFIED:
         fault = f"there are {len(names)} images and {candidate.num_points3D()} points: too few to adjust"
     for factor in () if fault else [4.0 ** (i / 2) for i in range(config.num_rounds)][::-1]:
-        fault = fault or _adjust(candidate, config, factor, set(constant_poses), set(constant_intrinsics), limits)
+        fault = fault or _adjust(candidate, config, factor, *held, focal_priors or {}, start)
         if not fault:
             _drop_outliers(candidate, config.max_error_px * factor, config.min_angle_deg if factor == 1 else 0.1)
     after = support(candidate, config)
@@ -263,54 +261,49 @@ def thinned(reconstruction: pycolmap.Reconstruction, max_points: int = 300) -> p
     return new
 
 
-def _focal_limits(reconstruction: pycolmap.Reconstruction, priors: FocalPriors) -> dict[int, tuple[float, float]]:
-    """The focals that each camera may have: around its prior, or else around what it has."""
-    focals = {i: camera.mean_focal_length() for i, camera in reconstruction.cameras.items()}
-    limits = {i: (focal / MAX_FOCAL_RATIO, focal * MAX_FOCAL_RATIO) for i, focal in focals.items()}
-    for image in reconstruction.images.values():
-        if image.name in priors:
-            focal, sigma = priors[image.name]
-            margin = focal * MAX_FOCAL_SIGMAS * sigma
-            low, high = limits[image.camera_id]
-            limits[image.camera_id] = max(low, focal - margin), min(high, focal + margin)
-    return limits
-
-
 def _adjust(
     reconstruction: pycolmap.Reconstruction,
     config: RefineConfig,
     factor: float,
     poses: set[str],
     intrinsics: set[str],
-    limits: Mapping[int, tuple[float, float]],
+    priors: FocalPriors,
+    start: Mapping[int, float],
 ) -> str:
     """One bundle adjustment in place, Cauchy's loss as wide as the round is tolerant; why it failed, or nothing."""
     pycolmap.logging.minloglevel = max(2, pycolmap.logging.minloglevel)  # warnings of single steps that fail
     options = solver_options(config, factor)
-    priors = {i: camera.mean_focal_length() for i, camera in reconstruction.cameras.items()}
+    before = {i: camera.mean_focal_length() for i, camera in reconstruction.cameras.items()}
     held = {image.camera_id for image in reconstruction.images.values() if image.name in intrinsics}
     for _ in range(2):
-        bundle = pycolmap.BundleAdjustmentConfig()
-        for image_id in reconstruction.reg_image_ids():
-            bundle.add_image(image_id)
-            image = reconstruction.image(image_id)
-            if image.name in poses:
-                bundle.set_constant_rig_from_world_pose(image.frame_id)
-        for camera_id in held:
-            bundle.set_constant_cam_intrinsics(camera_id)
-        if len(poses & {image.name for image in reconstruction.images.values()}) < 2:
-            bundle.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
-        summary = pycolmap.create_default_bundle_adjuster(options, bundle, reconstruction).solve()
+        bundle = bundle_with_priors(reconstruction, priors)
+        _hold(bundle, reconstruction, poses, held)
+        summary = pycolmap.create_default_bundle_adjuster(options, bundle.config, bundle.reconstruction).solve()
         if not summary.is_solution_usable():
             return "the solver found no solution"
-        focals = {i: reconstruction.camera(i).mean_focal_length() for i in priors}
-        strayed = {i for i, focal in focals.items() if not limits[i][0] <= focal <= limits[i][1]}
+        take_over(reconstruction, bundle.reconstruction)
+        ratios = {i: reconstruction.camera(i).mean_focal_length() / focal for i, focal in start.items()}
+        strayed = {i for i, ratio in ratios.items() if not 1 / MAX_FOCAL_RATIO <= ratio <= MAX_FOCAL_RATIO}
         if not strayed - held:
             return ""
         for camera_id in strayed:
-            _set_focal(reconstruction.camera(camera_id), priors[camera_id])
+            _set_focal(reconstruction.camera(camera_id), before[camera_id])
         held |= strayed
     return ""
+
+
+def _hold(bundle: Bundle, reconstruction: pycolmap.Reconstruction, poses: set[str], cameras: set[int]) -> None:
+    """Hold the named poses and cameras; without two of them what fixes the world."""
+    images = [reconstruction.image(i) for i in sorted(reconstruction.reg_image_ids())]
+    frames = [image.frame_id for image in images if image.name in poses]
+    if len(frames) < 2 and bundle.has_priors:  # cameras of priors are held, and would be taken for the world's
+        frames = frames or [images[0].frame_id]
+    elif len(frames) < 2:
+        bundle.config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
+    for frame_id in frames:
+        bundle.config.set_constant_rig_from_world_pose(frame_id)
+    for camera_id in cameras:
+        bundle.config.set_constant_cam_intrinsics(camera_id)
 
 
 def solver_options(config: RefineConfig, factor: float = 1.0) -> pycolmap.BundleAdjustmentOptions:
