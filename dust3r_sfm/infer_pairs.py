@@ -6,7 +6,7 @@ import itertools
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from dust3r_sfm.match_dense import MatchConfig
 from dust3r_sfm.models.dust3r import Dust3r
 from dust3r_sfm.pair_network import InferConfig, PairNetwork, computes_in_bfloat16, encoding_capacity, pick_device
 from dust3r_sfm.pairs import Pair, PairPrediction, Predictions
-from dust3r_sfm.reduction import Reduction, reduction_of, together
+from dust3r_sfm.reduction import Reduction, evenly_together, reduction_of
 from dust3r_sfm.schedule import EncodingPass, encoding_passes
 from dust3r_sfm.views import View, list_images, load_views
 
@@ -134,11 +134,21 @@ def _infer_to_store(
         tqdm(total=total, desc="DUSt3R", unit="pair", disable=None if total else True) as bar,
         _Writer(store) as writer,
     ):
-        predict = partial(_predict_shard, advance=bar.update) if is_local(engine) else _predict_shard
-        for _, found in map_shards(predict, make, todo, engine):
+        for found in _predictions(make, todo, engine, bar.update):
             writer.add([keys[pair] for pair in found], list(found.values()))
-            bar.update(0 if is_local(engine) else len(found))
     return keys
+
+
+def _predictions(
+    make: Callable[[], PairNetwork], shards: list[list[Pair]], engine: EngineConfig, advance: Callable[[int], object]
+) -> Iterator[dict[Pair, PairPrediction]]:
+    """Those of each shard, as they are done."""
+    if is_local(engine):
+        yield from make().predict_all(shards, advance) if shards else ()
+        return
+    for _, found in map_shards(_predict_shard, make, shards, engine):
+        advance(len(found))
+        yield found
 
 
 class _Writer:
@@ -166,10 +176,8 @@ class _Writer:
             self._thread.shutdown()
 
 
-def _predict_shard(
-    network: PairNetwork, shard: Sequence[Pair], advance: Callable[[int], object] = bool
-) -> dict[Pair, PairPrediction]:
-    return dict(network.predict(shard, advance))
+def _predict_shard(network: PairNetwork, shard: Sequence[Pair]) -> dict[Pair, PairPrediction]:
+    return dict(network.predict(shard, bool))
 
 
 def _planned(
@@ -177,7 +185,7 @@ def _planned(
 ) -> tuple[list[EncodingPass], list[list[Pair]], Reduction | None]:
     """In which order pairs are predicted, by which shards, and how they are reduced, if they are."""
     passes = encoding_passes(pairs, encoding_capacity(model.config, views, config)) if pairs else []
-    shards = [shard for one in passes for shard in together(one.pairs, SHARD_PAIRS)]
+    shards = [shard for one in passes for shard in evenly_together(one.pairs, SHARD_PAIRS)]
     if config.keep_dense or len(pairs) <= config.max_dense_pairs:
         return passes, shards, None
     logger.info("%d pairs: their matches and a grid of their pixels are kept (--keep_dense keeps all).", len(pairs))
@@ -206,8 +214,8 @@ def prediction_keys(model: Dust3r, views: Sequence[View], pairs: Sequence[Pair])
 def _infer_to_memory(network: PairNetwork, pairs: Sequence[Pair], shards: list[list[Pair]]) -> Predictions:
     found = {}
     with tqdm(total=len(pairs), desc="DUSt3R", unit="pair", disable=None) as bar:
-        for shard in shards:
-            found.update(network.predict(shard, bar.update))
+        for some in network.predict_all(shards, bar.update):
+            found.update(some)
     return {pair: found[pair] for pair in pairs}
 
 

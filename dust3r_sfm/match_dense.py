@@ -151,10 +151,12 @@ def _kept_matches(pair: Pair, prediction: ReducedPrediction, predictions: Predic
     return Matches(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0))
 
 
-def anchor_pixels(height: int, width: int, config: MatchConfig) -> Int[Tensor, "a 2"]:
+def anchor_pixels(
+    height: int, width: int, config: MatchConfig, device: torch.device | None = None
+) -> Int[Tensor, "a 2"]:
     """(row, column) of an image's anchors, a regular grid of at most `max_anchors`."""
     spacing = max(1, math.ceil(math.sqrt(height * width / config.max_anchors)))
-    rows, columns = (torch.arange(spacing // 2, n, spacing) for n in (height, width))
+    rows, columns = (torch.arange(spacing // 2, n, spacing, device=device) for n in (height, width))
     return torch.cartesian_prod(rows, columns)
 
 
@@ -168,7 +170,8 @@ class _Side(Surface):
 def _surface(prediction: PairPrediction, side: int, mask: Tensor | None, config: MatchConfig) -> _Side:
     points = (prediction.pointmap0_in_cam0, prediction.pointmap1_in_cam0)[side].detach().float()
     confidence = (prediction.confidence0, prediction.confidence1)[side].detach().float()
-    levels = torch.tensor([config.min_confidence_quantile, 0.9], device=points.device)
+    # each filled where it lies: a list would be copied there, and the copy waited for
+    levels = torch.stack([torch.full((), q, device=points.device) for q in (config.min_confidence_quantile, 0.9)])
     least, best = confidence[:, ::2, ::2].flatten(1).quantile(levels, dim=1)
     threshold = torch.maximum(least, 1 + RELATIVE_CONFIDENCE * (best - 1))
     usable = (confidence >= threshold[:, None, None]) & points.isfinite().all(dim=-1)
@@ -183,7 +186,7 @@ def _surface(prediction: PairPrediction, side: int, mask: Tensor | None, config:
 def _match_anchors(directions: Sequence[tuple[_Side, _Side]], config: MatchConfig) -> AnchorMatches:
     """What the anchors of the first image find in the second; a pair of surfaces a direction."""
     first = directions[0][0]
-    pixels = anchor_pixels(*first.usable.shape[1:], config).to(first.points.device)
+    pixels = anchor_pixels(*first.usable.shape[1:], config, first.points.device)
     keypoints, scores = (torch.stack(x) for x in zip(*(_follow(pixels, *d, config) for d in directions), strict=True))
     best = scores.argmax(dim=0, keepdim=True)
     match = torch.take_along_dim(keypoints, best[..., None], dim=0)

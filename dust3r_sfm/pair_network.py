@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -15,7 +15,7 @@ from dust3r_sfm.errors import InputError
 from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig, Tokens
 from dust3r_sfm.models.inference import can_compile, normalized, ready
 from dust3r_sfm.pairs import Pair, PairPrediction
-from dust3r_sfm.reduction import Reduction, reduced, to_host
+from dust3r_sfm.reduction import HostCopies, Reduction, start_reducing
 from dust3r_sfm.schedule import EncodingPass
 from dust3r_sfm.views import View
 
@@ -64,6 +64,8 @@ class PairNetwork:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         self.views = {view.name: view for view in views}
         self.reduction = reduction
+        self.copies = HostCopies(self.device)
+        self.largest_batch = 0
         self.max_bytes = config.max_encodings_gb * 2**30
         self.encodings: OrderedDict[str, Tokens] = OrderedDict()
         self.num_bytes = 0  # of the encodings: counted as they come and go, as there may be many
@@ -85,17 +87,45 @@ class PairNetwork:
 
     def predict(self, pairs: Sequence[Pair], advance: Callable[[int], object]) -> dict[Pair, PairPrediction]:
         """Predictions on the CPU in float32, or what is kept of them; `advance` hears of every batch."""
-        found = {}
+        return self._start(pairs, advance)()
+
+    def predict_all(
+        self, shards: Iterable[Sequence[Pair]], advance: Callable[[int], object]
+    ) -> Iterator[dict[Pair, PairPrediction]]:
+        """Those of each shard; a GPU is at the next shard while one is finished here."""
+        if self.device.type != "cuda":
+            yield from (self.predict(shard, advance) for shard in shards)
+            return
+        finish = None
+        for shard in shards:
+            finish_next = self._start(shard, advance)
+            if finish is not None:
+                yield finish()
+            finish = finish_next
+        if finish is not None:
+            yield finish()
+
+    def _start(
+        self, pairs: Sequence[Pair], advance: Callable[[int], object]
+    ) -> Callable[[], dict[Pair, PairPrediction]]:
+        """What gives the predictions once the device has them."""
+        found, copying = {}, []
         for batch, prediction in self.predict_on_device(pairs):
-            kept = prediction if self.reduction is not None else _on_host(prediction)
-            found.update(zip(batch, unbatched(kept), strict=True))
+            if self.reduction is not None:
+                found.update(zip(batch, unbatched(prediction), strict=True))
+            else:
+                values = [getattr(prediction, field.name) for field in fields(prediction)]
+                copying.append((batch, self.copies.start(values)))
             advance(len(batch))
-        found = {pair: found[pair] for pair in pairs}
         if self.reduction is not None:
-            return dict(reduced(found, self.views, self.reduction))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return found
+            return start_reducing({pair: found[pair] for pair in pairs}, self.views, self.reduction, self.copies)
+
+        def finish() -> dict[Pair, PairPrediction]:
+            for batch, copies in copying:
+                found.update(zip(batch, unbatched(PairPrediction(*copies.finish())), strict=True))
+            return {pair: found[pair] for pair in pairs}
+
+        return finish
 
     def predict_on_device(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], PairPrediction]]:
         """Batches of pairs of equal sizes, nothing waiting for the device."""
@@ -103,8 +133,9 @@ class PairNetwork:
         for _, group in itertools.groupby(by_size, lambda pair: (self.pass_of[pair], self._sizes(pair))):
             for batch in cut(list(group), self.batch_size):
                 with torch.inference_mode(), self.autocast:
-                    # a compiled network takes one size of batch: the rest is filled up
-                    padded = batch + batch[-1:] * (self.batch_size - len(batch) if self.is_compiled else 0)
+                    # a compiled network takes one size of batch: smaller ones are filled up
+                    self.largest_batch = max(self.largest_batch, len(batch))
+                    padded = batch + batch[-1:] * (self.largest_batch - len(batch) if self.is_compiled else 0)
                     tokens0, tokens1 = (self._tokens(padded, side) for side in (0, 1))
                     prediction = self.model.decode(tokens0, tokens1)
                 yield batch, _first(prediction, len(batch))
@@ -122,9 +153,9 @@ class PairNetwork:
             self.encodings.move_to_end(pair[side])
         tokens = [self.encodings[pair[side]] for pair in pairs]
         self._forget(self.pass_of[pairs[0]], {name for pair in pairs for name in pair})
-        finest = [
-            torch.cat(maps) if maps[0] is not None else None for maps in zip(*(t.finest for t in tokens), strict=True)
-        ]
+        maps = [t.finest[side] for t in tokens]
+        finest: list[Tensor | None] = [None, None]
+        finest[side] = torch.cat(maps) if maps[0] is not None else None  # the head of the other side is not asked
         return Tokens(torch.cat([t.features for t in tokens]), tokens[0].grid, (finest[0], finest[1]))
 
     def _encode(self, views: Sequence[View]) -> None:
@@ -199,10 +230,6 @@ def cut(items: list, size: int) -> list[list]:
 
 def _first(prediction: PairPrediction, count: int) -> PairPrediction:
     return PairPrediction(*(getattr(prediction, field.name)[:count] for field in fields(prediction)))
-
-
-def _on_host(prediction: PairPrediction) -> PairPrediction:
-    return PairPrediction(*(to_host(getattr(prediction, field.name).float()) for field in fields(prediction)))
 
 
 def unbatched(prediction: PairPrediction) -> Iterator[PairPrediction]:

@@ -1,12 +1,12 @@
 """What is kept of predictions where not all of it is: a grid of pixels, the matches, and depth of a few pairs an image.
 
-Everything is computed where the predictions lie; one copy of fixed size goes to the host.
+Everything is computed where the predictions lie; copies of fixed size go to the host.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -55,38 +55,57 @@ def grid_stride(size: tuple[int, int]) -> int:
 
 def reduced(found: Predictions, views: Mapping[str, View], reduction: Reduction) -> dict[Pair, ReducedPrediction]:
     """Reduced predictions on the CPU; matches stand with the direction of a pair that comes first."""
+    device = next(iter(found.values())).confidence0.device
+    return start_reducing(found, views, reduction, HostCopies(device))()
+
+
+def start_reducing(
+    found: Predictions, views: Mapping[str, View], reduction: Reduction, copies: HostCopies
+) -> Callable[[], dict[Pair, ReducedPrediction]]:
+    """What gives the reduced predictions once a device has them; until it is called, nothing waits for the device."""
     place = {pair: i for i, pair in enumerate(found)}
     firsts = [pair for pair in found if place.get(pair.reversed(), len(place)) > place[pair]]
-    waiting = _start_matching(firsts, found, views, reduction.match)
-    grids = {pair: _start_grid(found[pair], pair in reduction.depth_pairs) for pair in found}
-    if any(prediction.confidence0.is_cuda for prediction in found.values()):
-        torch.cuda.synchronize()  # once a shard: all copies below are there
-    return {
-        pair: _finished(found[pair], grids[pair], matches_of(*waiting[pair]) if pair in waiting else None)
-        for pair in found
-    }
+    matching = _start_matching(firsts, found, views, reduction.match, copies)
+    grids = _start_grids(found, reduction, copies)
+
+    def finish() -> dict[Pair, ReducedPrediction]:
+        matches, parts = {}, {}
+        for group, copying in matching:
+            anchors0, found0, scores0, anchors1, found1, scores1 = copying.finish()
+            sides = AnchorMatches(anchors0, found0, scores0), AnchorMatches(anchors1, found1, scores1)
+            matches |= {pair: matches_of(sides, i) for i, pair in enumerate(group)}
+        for group, copying in grids:
+            for pair, *values in zip(group, *copying.finish(), strict=True):
+                parts.setdefault(pair, []).extend(values)
+        return {pair: _finished(found[pair], parts[pair], matches.get(pair)) for pair in found}
+
+    return finish
 
 
 def _start_matching(
-    pairs: Sequence[Pair], found: Predictions, views: Mapping[str, View], config: MatchConfig
-) -> dict[Pair, tuple[tuple[AnchorMatches, AnchorMatches], int]]:
-    """Of each pair the matches of those of equal sizes, and which of them are its own."""
+    pairs: Sequence[Pair], found: Predictions, views: Mapping[str, View], config: MatchConfig, copies: HostCopies
+) -> list[tuple[list[Pair], Copying]]:
+    """Groups of pairs of equal sizes, and what the anchors of both sides find."""
     groups: dict[tuple, list[Pair]] = {}
     for pair in pairs:
-        shapes = found[pair].confidence0.shape, found[pair].confidence1.shape
-        groups.setdefault((shapes, pair.reversed() in found), []).append(pair)
-    started = {}
+        groups.setdefault((_sizes_of(found[pair]), pair.reversed() in found), []).append(pair)
+    started = []
     for (_, has_reverse), group in groups.items():
         reverse = _stacked([found[pair.reversed()] for pair in group]) if has_reverse else None
-        masks = [torch.stack([_mask(views[pair[side]]) for pair in group]) for side in (0, 1)]
+        masks = [_masks([views[pair[side]] for pair in group]) for side in (0, 1)]
         sides = match_batch(_stacked([found[pair] for pair in group]), reverse, masks, config)
-        side0, side1 = (AnchorMatches(to_host(s.anchors), to_host(s.found), to_host(s.scores)) for s in sides)
-        started |= {pair: ((side0, side1), i) for i, pair in enumerate(group)}
+        started.append((group, copies.start([value for s in sides for value in (s.anchors, s.found, s.scores)])))
     return started
 
 
-def _mask(view: View) -> Tensor:
-    return torch.ones(view.size, dtype=torch.bool) if view.mask is None else view.mask
+def _sizes_of(prediction: PairPrediction) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(prediction.confidence0.shape), tuple(prediction.confidence1.shape)
+
+
+def _masks(views: Sequence[View]) -> Tensor | None:
+    if all(view.mask is None for view in views):
+        return None
+    return torch.stack([torch.ones(v.size, dtype=torch.bool) if v.mask is None else v.mask for v in views])
 
 
 def _stacked(predictions: Sequence[PairPrediction]) -> PairPrediction:
@@ -94,17 +113,26 @@ def _stacked(predictions: Sequence[PairPrediction]) -> PairPrediction:
     return PairPrediction(*(torch.stack([getattr(p, name) for p in predictions]) for name in names))
 
 
-def _start_grid(prediction: PairPrediction, keeps_depth: bool) -> list[Tensor]:
-    parts = [_gridded(prediction.pointmap0_in_cam0), _gridded(prediction.confidence0)]
-    parts += [_gridded(prediction.pointmap1_in_cam0), _gridded(prediction.confidence1)]
-    if keeps_depth:
-        parts += [prediction.pointmap0_in_cam0[..., 2].contiguous(), prediction.confidence0]
-    return [to_host(part.float()) for part in parts]
+def _start_grids(found: Predictions, reduction: Reduction, copies: HostCopies) -> list[tuple[list[Pair], Copying]]:
+    """Groups of pairs and their values at a grid of pixels; then those that keep their depth, and its confidence."""
+    groups: dict[tuple, list[Pair]] = {}
+    for pair, prediction in found.items():
+        groups.setdefault(_sizes_of(prediction), []).append(pair)
+    started = []
+    for group in groups.values():
+        whole = _stacked([found[pair] for pair in group])
+        parts = [_gridded(getattr(whole, field.name)) for field in fields(PairPrediction)]
+        started.append((group, copies.start(parts)))
+        deep = [pair for pair in group if pair in reduction.depth_pairs]
+        if deep:
+            whole = _stacked([found[pair] for pair in deep])
+            started.append((deep, copies.start([whole.pointmap0_in_cam0[..., 2].contiguous(), whole.confidence0])))
+    return started
 
 
 def _gridded(values: Tensor) -> Tensor:
-    stride = grid_stride((values.shape[0], values.shape[1]))
-    return values[stride // 2 :: stride, stride // 2 :: stride].contiguous()
+    stride = grid_stride((values.shape[1], values.shape[2]))
+    return values[:, stride // 2 :: stride, stride // 2 :: stride].contiguous()
 
 
 def _finished(prediction: PairPrediction, parts: list[Tensor], matches: Matches | None) -> ReducedPrediction:
@@ -118,10 +146,35 @@ def _finished(prediction: PairPrediction, parts: list[Tensor], matches: Matches 
     )
 
 
-def to_host(values: Tensor) -> Tensor:
-    """A copy in memory that a GPU writes to while it goes on computing."""
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-    return host.copy_(values, non_blocking=True)
+class HostCopies:
+    """Copies of a device's values in float32, beside what it goes on computing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def start(self, values: Sequence[Tensor]) -> Copying:
+        values = [value.float() for value in values]
+        if self._stream is None:
+            return Copying(values, [torch.empty(value.shape).copy_(value) for value in values], None)
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            hosts = [torch.empty(v.shape, pin_memory=True).copy_(v, non_blocking=True) for v in values]
+            return Copying(values, hosts, self._stream.record_event())
+
+
+@dataclass(frozen=True, eq=False)
+class Copying:
+    """Values on their way to the host."""
+
+    sources: list[Tensor]
+    """Kept until they are copied: their memory is taken by what is computed next."""
+    hosts: list[Tensor]
+    done: torch.cuda.Event | None
+
+    def finish(self) -> list[Tensor]:
+        if self.done is not None:
+            self.done.synchronize()
+        return self.hosts
 
 
 def together(pairs: Iterable[Pair], size: int) -> list[list[Pair]]:
@@ -134,3 +187,8 @@ def together(pairs: Iterable[Pair], size: int) -> list[list[Pair]]:
         shards[-1].append(pair)
         previous = pair
     return [shard for shard in shards if shard]
+
+
+def evenly_together(pairs: Sequence[Pair], size: int) -> list[list[Pair]]:
+    """The same with shards of equal sizes, as far as possible, so that the last is not much smaller."""
+    return together(pairs, -(-len(pairs) // max(1, -(-len(pairs) // size))))

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
 from dust3r_sfm.graph import pairs_exhaustive, pairs_sequential
 from dust3r_sfm.infer_pairs import SHARD_PAIRS, infer_pairs
@@ -21,7 +23,7 @@ from dust3r_sfm.match_dense import MatchConfig
 from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig, Tokens
 from dust3r_sfm.pair_network import ENCODE_IMAGES, InferConfig, PairNetwork, encoding_capacity, unbatched
 from dust3r_sfm.pairs import Pair
-from dust3r_sfm.reduction import Reduction, reduced, reduction_of, together
+from dust3r_sfm.reduction import Reduction, evenly_together, reduced, reduction_of
 from dust3r_sfm.schedule import encoding_passes
 from dust3r_sfm.views import View
 
@@ -37,6 +39,7 @@ def main(
     num_images: int = 16,
     num_pairs: int | None = None,
     repeats: int = 3,
+    profile: bool = False,
     config: InferConfig = InferConfig(compiled="on"),  # noqa: B008  frozen
 ) -> None:
     """Measure inference over all pairs of some images of noise.
@@ -48,6 +51,7 @@ def main(
         num_pairs: Where given, directed pairs of a sequence in place of that, written to a file as a run of many
             photos writes them; the memory that it takes is printed.
         repeats: Times that everything is done, after once to warm up; the fastest counts.
+        profile: Print the kernels of a CUDA device, or the operations of the CPU, that take most time.
         config: How to run the network; `compiled` is on for a CUDA device.
     """
     has_cuda = torch.cuda.is_available() and config.device in ("auto", "cuda")
@@ -67,6 +71,8 @@ def main(
         _say(f"{kept} predictions on the host", seconds, len(pairs), worker, num_images if released else None)
         if kept == "reduced":
             _say_parts(worker, pairs, reduction)
+        if profile:
+            _say_profile(lambda w=worker, s=shards: _predict(w, s), worker.device)
     if worker.dtype != torch.float32:
         _say_error(network, views, pairs[: 2 * ERROR_PAIRS : 2], config)
     if has_cuda:
@@ -89,14 +95,14 @@ def _worker(
     model: Dust3r, views: Sequence[View], pairs: Sequence[Pair], config: InferConfig, reduction: Reduction | None
 ) -> tuple[PairNetwork, list[list[Pair]]]:
     passes = encoding_passes(pairs, encoding_capacity(model.config, views, config))
-    shards = [shard for one in passes for shard in together(one.pairs, SHARD_PAIRS)]
+    shards = [shard for one in passes for shard in evenly_together(one.pairs, SHARD_PAIRS)]
     return PairNetwork(model, views, passes, config, reduction), shards
 
 
 def _predict(worker: PairNetwork, shards: Sequence[Sequence[Pair]]) -> None:
     worker.encodings.clear()
-    for shard in shards:
-        worker.predict(shard, bool)
+    for _ in worker.predict_all(shards, bool):
+        pass
 
 
 def _seconds(device: torch.device, run: Callable[[], object]) -> float:
@@ -146,6 +152,19 @@ def _say_parts(worker: PairNetwork, pairs: Sequence[Pair], reduction: Reduction 
         milliseconds["reduce and copy"] = _fastest(device, lambda: reduced(found, worker.views, reduction))
     parts = ", ".join(f"{part} {1e3 * seconds / len(batch):.2f}" for part, seconds in milliseconds.items())
     logger.info("Milliseconds a directed pair, each part alone: %s.", parts)
+
+
+def _say_profile(run: Callable[[], object], device: torch.device) -> None:
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch.profiler.profile(activities=activities) as found:
+        seconds = _seconds(device, run)
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    rows = found.key_averages()
+    logger.info("%s", rows.table(sort_by=order, row_limit=30, max_name_column_width=90))
+    if on_gpu:
+        busy = sum(row.self_device_time_total for row in rows if row.device_type == DeviceType.CUDA) / 1e6
+        logger.info("Kernels and copies of %.3f s within %.3f s.", busy, seconds)
 
 
 def _heads(model: Dust3r, layers: tuple[list[Tensor], list[Tensor]], tokens: Sequence[Tokens]) -> None:

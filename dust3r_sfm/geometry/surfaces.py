@@ -43,6 +43,15 @@ class Surface:
             trees.append((usable.flatten().nonzero()[:, 0], tree))
         return trees
 
+    @cached_property
+    def tiles(self) -> tuple[Float[Tensor, "b 3 t p"], Float[Tensor, "b 6 t"]]:
+        """The usable points by tiles, infinite where there is none, and the corners of the boxes around them."""
+        least = _tiles(self.points.masked_fill(~self.usable[..., None], torch.inf), torch.inf)
+        empty = least.isinf()
+        points = least.permute(0, 3, 1, 2).contiguous()
+        highest = least.masked_fill_(empty, -torch.inf).amax(dim=2)
+        return points, torch.cat([points.amin(dim=3), highest.mT], dim=1)
+
 
 def nearest_pixels(
     queries: Float[Tensor, "b q 3"], asked: Bool[Tensor, "b q"], surface: Surface, num_tiles: int = NUM_TILES
@@ -50,6 +59,8 @@ def nearest_pixels(
     """Index into h * w of the usable point nearest to each query; some index where none is usable or asked for."""
     if surface.points.device.type == "cpu":
         return exact_pixels(queries, asked, surface)
+    if surface.points.is_cuda and find_spec("triton") is not None:
+        return exact_pixels_by_kernel(queries, asked, surface)
     return near_pixels(queries, surface, num_tiles)
 
 
@@ -64,6 +75,15 @@ def exact_pixels(queries: Float[Tensor, "b q 3"], asked: Bool[Tensor, "b q"], su
     return found.to(queries.device)
 
 
+def exact_pixels_by_kernel(
+    queries: Float[Tensor, "b q 3"], asked: Bool[Tensor, "b q"], surface: Surface
+) -> Int[Tensor, "b q"]:
+    """The same on a CUDA device, by boxes around tiles of the map."""
+    from dust3r_sfm.geometry.nearest_kernel import nearest_in_tiles
+
+    return _pixel_of(nearest_in_tiles(queries, asked, *surface.tiles), surface)
+
+
 def near_pixels(queries: Float[Tensor, "b q 3"], surface: Surface, num_tiles: int = NUM_TILES) -> Int[Tensor, "b q"]:
     """The same among the points of the tiles whose boxes are nearest, on any device."""
     lower, upper = (
@@ -74,6 +94,11 @@ def near_pixels(queries: Float[Tensor, "b q 3"], surface: Surface, num_tiles: in
     per_query = len(queries) * max(lower.shape[1], num_tiles * TILE**2)
     parts = queries.split(max(1, MAX_ENTRIES // per_query), dim=1)
     found = torch.cat([_nearest_of_tiles(part, lower, boxes, num_tiles) for part in parts], dim=1)
+    return _pixel_of(found, surface)
+
+
+def _pixel_of(found: Int[Tensor, "b q"], surface: Surface) -> Int[Tensor, "b q"]:
+    """Index into h * w for an index into t * p."""
     tile, place = found // TILE**2, found % TILE**2
     width = surface.usable.shape[2]
     tiles_in_a_row = -(-width // TILE)
