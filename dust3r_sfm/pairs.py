@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -96,3 +97,22 @@ class SomePredictions(Mapping[Pair, PairPrediction]):
 
     def __len__(self) -> int:
         return len(self._pairs)
+
+
+class PredictionsOn(Mapping[Pair, PairPrediction]):
+    """Predictions whose pointmaps and confidences are brought to a device as they are asked for; not their matches."""
+
+    def __init__(self, predictions: Predictions, device: torch.device) -> None:
+        self._predictions, self._device = predictions, device
+
+    def __getitem__(self, pair: Pair) -> PairPrediction:
+        prediction = self._predictions[pair]
+        values = {field.name: getattr(prediction, field.name) for field in fields(prediction)}
+        there = {name: v.to(self._device) for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(prediction, **there)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self._predictions)
+
+    def __len__(self) -> int:
+        return len(self._predictions)

@@ -14,7 +14,7 @@ from dust3r_sfm.alignment import initialization
 from dust3r_sfm.alignment.cameras import Cameras, cameras_of_views
 from dust3r_sfm.alignment.chaining import start_pairs
 from dust3r_sfm.alignment.clusters import align_in_clusters
-from dust3r_sfm.alignment.dense import DepthFusion
+from dust3r_sfm.alignment.dense import fused_depth
 from dust3r_sfm.alignment.initialization import KnownFrame
 from dust3r_sfm.alignment.objective import (
     CAMERA_DOF,
@@ -31,7 +31,6 @@ from dust3r_sfm.alignment.observations import Observations, sample_pairs, stack_
 from dust3r_sfm.alignment.optimization import minimize_robustly, with_settled_depth
 from dust3r_sfm.alignment.support import judge
 from dust3r_sfm.errors import ReconstructionError
-from dust3r_sfm.geometry.camera import pixel_grid
 from dust3r_sfm.geometry.transforms import inverse, rigid_transform, transform_points
 from dust3r_sfm.graph import connected_components
 from dust3r_sfm.pairs import Predictions
@@ -182,9 +181,8 @@ def _sampled_rays(observations: Observations, cameras: Cameras) -> Float[Tensor,
     rays = torch.zeros(len(observations.names), observations.weights.shape[-1], 3)
     rays[..., 2] = 1
     for n, grid in enumerate(observations.grids):
-        pixels = grid.sample(pixel_grid(*grid.size, dtype=torch.float64))
-        homogeneous = torch.cat([pixels, torch.ones(len(pixels), 1, dtype=torch.float64)], dim=-1)
-        rays[n, : len(pixels)] = (homogeneous @ torch.linalg.inv(cameras.base_K[n]).mT).float()
+        homogeneous = torch.nn.functional.pad(grid.pixels(torch.float64), (0, 1), value=1.0)
+        rays[n, : len(homogeneous)] = (homogeneous @ torch.linalg.inv(cameras.base_K[n]).mT).float()
     return rays
 
 
@@ -208,15 +206,14 @@ def fuse_depths(
     """Depth in the aligned world's unit and confidence of every image, one image at a time to save memory."""
     from_raw = state.world_from_pair.clone()
     from_raw[:, :3, :3] /= observations.units[:, None, None]
-    belief = (pair_beliefs(problem, evaluation) / pair_scales(state.world_from_pair)).tolist()
-    images, depths, confidences = observations.images.cpu(), [], []
+    belief = pair_beliefs(problem, evaluation) / pair_scales(state.world_from_pair)
+    cam_from_world, images, K = inverse(state.world_from_cam), observations.images.cpu(), K.to(from_raw.device)
+    depths, confidences = [], []
     for n, view in enumerate(views):
-        fusion = DepthFusion(K[n].to(from_raw.device), view.size)
-        cam_from_world = inverse(state.world_from_cam[n])
-        for side in (0, 1):
-            for e in (images[side] == n).nonzero()[:, 0].tolist():
-                fusion.add(predictions[observations.pairs[e]], side, cam_from_world @ from_raw[e], belief[e])
-        depth, confidence = fusion.fused()
+        sides, edges = (images == n).nonzero().T.tolist()
+        seen = [(predictions[observations.pairs[e]], side) for side, e in zip(sides, edges, strict=True)]
+        rows = torch.tensor(edges, device=from_raw.device)
+        depth, confidence = fused_depth(seen, cam_from_world[n] @ from_raw[rows], belief[rows], K[n], view.size)
         depths.append(depth)
         confidences.append(confidence if view.mask is None else confidence * view.mask.to(confidence.device))
     return depths, confidences

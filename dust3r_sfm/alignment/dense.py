@@ -6,6 +6,9 @@ image is camera 0. The grid says where the surface is, the few say what it looks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,81 +20,117 @@ from dust3r_sfm.geometry.transforms import transform_points
 from dust3r_sfm.pairs import PairPrediction, ReducedPrediction
 
 NUM_REWEIGHTINGS = 5
+PIXELS_AT_ONCE = 4_000_000
+"""Of all pairs of an image, that are brought into its camera in one go: 12 bytes each, a few times over."""
 
 
-class DepthFusion:
-    """Collects where the pairs of one image see its pixels; `fused` is the depth that agrees best."""
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """Where pairs see the pixels of one image."""
 
-    def __init__(self, K: Float[Tensor, "3 3"], size: tuple[int, int], stride: int = 1) -> None:
-        """Of every `stride`-th pixel, from the middle of the first cell on."""
-        pixels = torch.cat([pixel_grid(*size, device=K.device), torch.ones(*size, 1, device=K.device)], dim=-1)
-        pixels = pixels[stride // 2 :: stride, stride // 2 :: stride]
-        self.K, self.size, self.stride = K, size, stride
-        self.rays = pixels @ torch.linalg.inv(K.double()).float().T
-        self._length = self.rays.square().sum(dim=-1)
-        self._depths: list[Float[Tensor, "h w"]] = []
-        self._aside: list[Float[Tensor, "h w"]] = []
-        self._weights: list[Float[Tensor, "h w"]] = []
-        self._confidence = torch.zeros(pixels.shape[:2], device=K.device)
-        self._on_grid: DepthFusion | None = None
+    depths: Float[Tensor, "k h w"]
+    """Along the pixels' rays, 0 where the pair has no say."""
+    aside: Float[Tensor, "k h w"]
+    """Squared distances from the rays, in units of a ray at depth 1."""
+    weights: Float[Tensor, "k h w"]
+    confidence: Float[Tensor, "k h w"]
 
-    def add(self, prediction: PairPrediction, side: int, cam_from_pair: Float[Tensor, "4 4"], belief: float) -> None:
-        """The image is one side of a pair; `cam_from_pair` takes its raw pointmap to the image's aligned camera.
+    @staticmethod
+    def joined(parts: Sequence[_Seen]) -> _Seen:
+        return _Seen(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(_Seen)))
 
-        `belief` is the pair's weight in the depth.
-        """
-        if isinstance(prediction, ReducedPrediction) and self.stride == 1:
-            if self._on_grid is None:
-                self._on_grid = DepthFusion(self.K, self.size, prediction.strides[side])
-            self._on_grid.add(prediction, side, cam_from_pair, belief)
-            if side == 0 and prediction.depth0 is not None and prediction.full_confidence0 is not None:
-                self._add_depth(prediction.depth0, prediction.full_confidence0, cam_from_pair, belief)
-            return
-        pointmap = (prediction.pointmap0_in_cam0, prediction.pointmap1_in_cam0)[side].float()
-        confidence = (prediction.confidence0, prediction.confidence1)[side].float()
-        weights = usable_weights(pointmap, confidence, side)
-        points = torch.where((weights > 0)[..., None], pointmap, 0)
-        points = transform_points(cam_from_pair.float(), points.flatten(0, 1)).unflatten(0, confidence.shape)
-        depth = (points * self.rays).sum(dim=-1) / self._length
-        weights = torch.where(depth > 0, weights * belief, 0)
-        self._depths.append(torch.where(weights > 0, depth, 0))
-        self._aside.append((points - depth[..., None] * self.rays).square().sum(dim=-1) / self._length)
-        self._weights.append(weights)
-        self._confidence = torch.where(weights > 0, self._confidence.maximum(confidence), self._confidence)
-
-    def _add_depth(
-        self,
-        depth: Float[Tensor, "h w"],
-        confidence: Float[Tensor, "h w"],
-        cam_from_pair: Float[Tensor, "4 4"],
-        belief: float,
-    ) -> None:
-        """Depth along the image's own rays; of the similarity the scale alone, the grid says the rest."""
-        weights = usable_weights((depth[..., None] * self.rays).float(), confidence, 0) * belief
-        scale = torch.linalg.det(cam_from_pair[:3, :3]).abs().pow(1 / 3).float()
-        self._depths.append(torch.where(weights > 0, scale * depth, 0))
-        self._aside.append(torch.zeros_like(depth))
-        self._weights.append(weights)
-        self._confidence = torch.where(weights > 0, self._confidence.maximum(confidence), self._confidence)
-
-    def fused(self) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
-        """Depth of least summed distance to all pairs' points along each ray, and the highest confidence (DUSt3R's).
-
-        Where no pair sees a pixel in front of the camera both are 0.
-        """
-        if self._on_grid is not None:
-            grid, stride = self._on_grid.fused(), self._on_grid.stride
-            return _filled_in(*grid, *self._fused(), stride) if self._depths else _enlarged(*grid, self.size, stride)
-        return self._fused()
-
-    def _fused(self) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
-        depths, aside, weights = (torch.stack(x) for x in (self._depths, self._aside, self._weights))
-        depth = _weighted_median(depths, weights)
+    def agreed(self) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
+        """Depth of least summed distance to all pairs' points along each ray, and the highest confidence."""
+        depth = _weighted_median(self.depths, self.weights)
         for _ in range(NUM_REWEIGHTINGS):
-            distance = ((depths - depth).square() + aside).sqrt()
-            reweighted = weights / distance.clamp(min=1e-4 * depth + 1e-20)
-            depth = (reweighted * depths).sum(dim=0) / reweighted.sum(dim=0).clamp(min=1e-20)
-        return torch.where((weights > 0).any(dim=0), depth, 0), self._confidence
+            distance = ((self.depths - depth).square() + self.aside).sqrt()
+            reweighted = self.weights / distance.clamp(min=1e-4 * depth + 1e-20)
+            depth = (reweighted * self.depths).sum(dim=0) / reweighted.sum(dim=0).clamp(min=1e-20)
+        is_seen = self.weights > 0
+        return torch.where(is_seen.any(dim=0), depth, 0), torch.where(is_seen, self.confidence, 0).amax(dim=0)
+
+
+def fused_depth(
+    seen: Sequence[tuple[PairPrediction, int]],
+    cam_from_pair: Float[Tensor, "k 4 4"],
+    belief: Float[Tensor, " k"],
+    K: Float[Tensor, "3 3"],
+    size: tuple[int, int],
+) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
+    """Depth that agrees best with all pairs of an image, and the highest confidence (DUSt3R's).
+
+    `seen` are the pairs and which of their sides the image is, `cam_from_pair` takes their raw pointmaps to its
+    aligned camera, `belief` is their weight in the depth. Where no pair sees a pixel in front of the camera both are 0.
+    """
+    inv_K = torch.linalg.inv(K.double()).float()
+    on_grid = [i for i, (prediction, _) in enumerate(seen) if isinstance(prediction, ReducedPrediction)]
+    on_pixels = [i for i in range(len(seen)) if i not in set(on_grid)]
+    whole = _of_pointmaps(seen, on_pixels, cam_from_pair, belief, _rays(inv_K, size, 1)) if on_pixels else []
+    if not on_grid:
+        return _Seen.joined(whole).agreed()
+    prediction, side = seen[on_grid[0]]
+    stride = prediction.strides[side]  # by the image's size alone
+    grid = _Seen.joined(_of_pointmaps(seen, on_grid, cam_from_pair, belief, _rays(inv_K, size, stride))).agreed()
+    whole += _of_depths(seen, on_grid, cam_from_pair, belief, _rays(inv_K, size, 1))
+    return _filled_in(*grid, *_Seen.joined(whole).agreed(), stride) if whole else _enlarged(*grid, size, stride)
+
+
+def _rays(inv_K: Float[Tensor, "3 3"], size: tuple[int, int], stride: int) -> Float[Tensor, "h w 3"]:  # noqa: N803
+    """Of every `stride`-th pixel, from the middle of the first cell on."""
+    pixels = pixel_grid(*size, device=inv_K.device)[stride // 2 :: stride, stride // 2 :: stride]
+    return torch.nn.functional.pad(pixels, (0, 1), value=1.0) @ inv_K.T
+
+
+def _of_pointmaps(
+    seen: Sequence[tuple[PairPrediction, int]],
+    chosen: Sequence[int],
+    cam_from_pair: Float[Tensor, "k 4 4"],
+    belief: Float[Tensor, " k"],
+    rays: Float[Tensor, "h w 3"],
+) -> list[_Seen]:
+    """What the chosen pairs' points say, many pairs at once."""
+    length = rays.square().sum(dim=-1)
+    at_once = max(1, PIXELS_AT_ONCE // length.numel())
+    parts = []
+    for rows in (chosen[i : i + at_once] for i in range(0, len(chosen), at_once)):
+        sides = torch.tensor([seen[i][1] for i in rows], device=rays.device)[:, None, None]
+        pointmaps = [_side(*seen[i]) for i in rows]
+        points = torch.stack([pointmap for pointmap, _ in pointmaps]).float()
+        confidence = torch.stack([c for _, c in pointmaps]).float()
+        weights = usable_weights(points, confidence, 1) * ((sides == 1) | (points[..., 2] > 0))
+        points = torch.where((weights > 0)[..., None], points, 0).flatten(1, 2)
+        points = transform_points(cam_from_pair[rows].float(), points).unflatten(1, length.shape)
+        depth = (points * rays).sum(dim=-1) / length
+        weights = torch.where(depth > 0, weights * belief[rows, None, None].float(), 0)
+        aside = (points - depth[..., None] * rays).square().sum(dim=-1) / length
+        parts.append(_Seen(torch.where(weights > 0, depth, 0), aside, weights, confidence))
+    return parts
+
+
+def _side(prediction: PairPrediction, side: int) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w"]]:
+    if side == 0:
+        return prediction.pointmap0_in_cam0, prediction.confidence0
+    return prediction.pointmap1_in_cam0, prediction.confidence1
+
+
+def _of_depths(
+    seen: Sequence[tuple[PairPrediction, int]],
+    chosen: Sequence[int],
+    cam_from_pair: Float[Tensor, "k 4 4"],
+    belief: Float[Tensor, " k"],
+    rays: Float[Tensor, "h w 3"],
+) -> list[_Seen]:
+    """Depth along the image's own rays; of the similarity the scale alone, the grid says the rest."""
+    rows = [i for i in chosen if seen[i][1] == 0 and seen[i][0].depth0 is not None]
+    rows = [i for i in rows if seen[i][0].full_confidence0 is not None]
+    if not rows:
+        return []
+    depths = torch.stack([seen[i][0].depth0 for i in rows]).float()
+    confidence = torch.stack([seen[i][0].full_confidence0 for i in rows]).float()
+    weights = usable_weights(depths[..., None] * rays, confidence, 0) * belief[rows, None, None].float()
+    scales = torch.linalg.det(cam_from_pair[rows, :3, :3]).abs().pow(1 / 3).float()
+    depths = torch.where(weights > 0, scales[:, None, None] * depths, 0)
+    return [_Seen(depths, torch.zeros_like(depths), weights, confidence)]
 
 
 def _weighted_median(values: Float[Tensor, "k h w"], weights: Float[Tensor, "k h w"]) -> Float[Tensor, "h w"]:

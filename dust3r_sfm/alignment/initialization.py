@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,7 +16,7 @@ from torch import Tensor
 from dust3r_sfm.alignment.cameras import Cameras
 from dust3r_sfm.alignment.chaining import Start
 from dust3r_sfm.alignment.objective import without_scale
-from dust3r_sfm.alignment.observations import Observations
+from dust3r_sfm.alignment.observations import Observations, SparseGrid
 from dust3r_sfm.geometry.camera import K_from_focal
 from dust3r_sfm.geometry.focal import focal_from_pointmap
 from dust3r_sfm.geometry.registration import similarity_matrix
@@ -35,10 +40,11 @@ def start_focals(
     The median over these pairs by their confidence; an image without such a pair is resected from its points.
     """
     factors = torch.ones(len(observations.names), dtype=torch.float64)
+    focals_px = _focals_of_own_pairs(observations, cameras)
     for n, grid in enumerate(observations.grids):
         if cameras.focal_sigma[n].isfinite():
             continue
-        focal_px = _focal_of_own_pairs(observations, cameras.base_K[n, :2, 2], n)
+        focal_px = focals_px.get(n)
         if focal_px is None:
             base_focal_px = float(cameras.base_focal_px[n])
             focal_px = _focal_by_resection(rays[n], start.points[n], start.weights[n], base_focal_px, grid.size)
@@ -56,22 +62,29 @@ def focal_limits(observations: Observations, cameras: Cameras) -> Float[Tensor, 
     return torch.where(cameras.is_focal_known[:, None], 1.0, limits)
 
 
-def _focal_of_own_pairs(observations: Observations, principal_point: Float[Tensor, 2], n: int) -> float | None:
-    own = (observations.images[0] == n).nonzero()[:, 0]
-    if len(own) == 0:
-        return None
-    grid = observations.grids[n]
-    length = grid.shape[0] * grid.shape[1]
-    pointmaps = observations.points[0, own, :length].unflatten(1, grid.shape)
-    weights = observations.weights[0, own, :length].unflatten(1, grid.shape)
-    center = grid.to_grid(principal_point.float()).to(pointmaps.device)
-    focals = focal_from_pointmap(pointmaps, weights, center).double() * grid.stride
-    told = focals.isfinite() & (focals > 0)
-    if not told.any():
-        return None
-    focals, order = focals[told].sort()
-    belief = weights.sum(dim=(1, 2))[told][order].cumsum(dim=0)
-    return float(focals[int(torch.searchsorted(belief, belief[-1] / 2).clamp(max=len(focals) - 1))])
+def _focals_of_own_pairs(observations: Observations, cameras: Cameras) -> dict[int, float]:
+    """In pixels, of the images that any of their own pairs tells one of; all pairs of one size at once."""
+    own = observations.images[0].tolist()
+    groups: dict[SparseGrid, list[int]] = defaultdict(list)
+    for e, n in enumerate(own):
+        groups[observations.grids[n]].append(e)
+    told: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for grid, edges in groups.items():
+        length = grid.shape[0] * grid.shape[1]
+        pointmaps = observations.points[0, edges, :length].unflatten(1, grid.shape)
+        weights = observations.weights[0, edges, :length].unflatten(1, grid.shape)
+        centers = grid.to_grid(cameras.base_K[[own[e] for e in edges], :2, 2].float()).to(pointmaps.device)
+        focals = focal_from_pointmap(pointmaps, weights, centers).double() * grid.stride
+        for e, focal, belief in zip(edges, *torch.stack([focals, weights.sum(dim=(1, 2))]).tolist(), strict=True):
+            if focal > 0 and math.isfinite(focal):
+                told[own[e]].append((focal, belief))
+    return {n: _weighted_median(sorted(statements)) for n, statements in told.items()}
+
+
+def _weighted_median(values: Sequence[tuple[float, float]]) -> float:
+    """The first of ascending values at which half of their weights, which stand second, is reached."""
+    reached = list(accumulate(weight for _, weight in values))
+    return values[min(bisect_left(reached, reached[-1] / 2), len(values) - 1)][0]
 
 
 def _focal_by_resection(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dust3r_sfm.errors import InputError
@@ -20,6 +21,8 @@ MIN_WEIGHT = 1e-4
 """Weight of a usable pixel of the lowest confidence, so that a network that is never sure still counts."""
 MAX_DISTANCE = 100.0
 """Points this many times farther than the pair's median distance are not believed."""
+PAIRS_AT_ONCE = 512
+"""Pairs that are sampled in one go: so many starts of small kernels become one."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,12 @@ class SparseGrid:
         rows, columns = (len(range(self.start, s, self.stride)) for s in self.size)
         return rows, columns
 
-    def to_grid(self, pixel: Float[Tensor, "2"]) -> Float[Tensor, "2"]:
+    def pixels(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "m 2"]:
+        """(x, y) of the samples' centres."""
+        y, x = (torch.arange(self.start, size, self.stride, dtype=dtype) + 0.5 for size in self.size)
+        return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
+
+    def to_grid(self, pixel: Float[Tensor, "*b 2"]) -> Float[Tensor, "*b 2"]:
         """A position in the image as one in the image that the samples make when seen as pixels."""
         return (pixel - (self.start + 0.5)) / self.stride + 0.5
 
@@ -97,16 +105,20 @@ class Observations:
 
 
 def sample_pairs(views: Sequence[View], predictions: Predictions, max_samples: int) -> dict[Pair, PairSamples]:
-    """Samples of all pairs of given views that say something; read one at a time. Pairs of other images are left."""
+    """Samples of all pairs of given views that say something, read some at a time. Pairs of other images are left."""
     by_name = {view.name: view for view in views}
-    samples = {}
-    for pair in predictions:
-        if pair.name0 not in by_name or pair.name1 not in by_name or pair.name0 == pair.name1:
-            continue
-        sampled = _sample_pair(predictions[pair], [by_name[name] for name in pair], max_samples, pair)
-        if sampled is not None:
-            samples[pair] = sampled
-    return samples
+    wanted = [pair for pair in predictions if set(pair) <= by_name.keys() and pair.name0 != pair.name1]
+    samples: dict[Pair, PairSamples] = {}
+    for first in range(0, len(wanted), PAIRS_AT_ONCE):
+        groups: dict[tuple[SparseGrid, SparseGrid], dict[Pair, list[Tensor]]] = defaultdict(dict)
+        for pair in wanted[first : first + PAIRS_AT_ONCE]:
+            prediction = predictions[pair]
+            grids = _grids(prediction, [by_name[name] for name in pair], max_samples, pair)
+            sides = zip(grids, _sides(prediction), strict=True)
+            groups[grids][pair] = [grid.sample_of_those_there(values) for grid, side in sides for values in side]
+        for grids, sampled in groups.items():
+            samples |= _usable_samples(sampled, grids, by_name)
+    return {pair: samples[pair] for pair in wanted if pair in samples}
 
 
 def stack_samples(views: Sequence[View], samples: dict[Pair, PairSamples], max_samples: int) -> Observations:
@@ -117,12 +129,8 @@ def stack_samples(views: Sequence[View], samples: dict[Pair, PairSamples], max_s
     grid_of = {name: grid for pair in pairs for name, grid in zip(pair, samples[pair].grids, strict=True)}
     m = max(len(w) for s in used for w in s.weights)
     device = used[0].points[0].device
-    points, weights = torch.zeros(2, len(pairs), m, 3, device=device), torch.zeros(2, len(pairs), m, device=device)
-    for e, pair_samples in enumerate(used):
-        for side in (0, 1):
-            length = len(pair_samples.weights[side])
-            points[side, e, :length] = pair_samples.points[side]
-            weights[side, e, :length] = pair_samples.weights[side]
+    points = torch.stack([torch.stack([_padded(s.points[side], m) for s in used]) for side in (0, 1)])
+    weights = torch.stack([torch.stack([_padded(s.weights[side], m) for s in used]) for side in (0, 1)])
     return Observations(
         names=tuple(view.name for view in views),
         pairs=pairs,
@@ -150,25 +158,57 @@ def _sides(prediction: PairPrediction) -> Iterator[tuple[Tensor, Tensor]]:
     yield prediction.pointmap1_in_cam0, prediction.confidence1
 
 
-def _sample_pair(prediction: PairPrediction, views: Sequence[View], max_samples: int, pair: Pair) -> PairSamples | None:
-    points, weights, confidences, grids = [], [], [], []
-    for side, (view, (pointmap, confidence)) in enumerate(zip(views, _sides(prediction), strict=True)):
+def _padded(values: Tensor, length: int) -> Tensor:
+    """With zeros at the end of the first axis."""
+    if len(values) == length:
+        return values
+    return torch.cat([values, values.new_zeros(length - len(values), *values.shape[1:])])
+
+
+def _grids(
+    prediction: PairPrediction, views: Sequence[View], max_samples: int, pair: Pair
+) -> tuple[SparseGrid, SparseGrid]:
+    for side, view in enumerate(views):
         if size_of(prediction, side) != view.size:
             raise InputError(
                 f"the pair {pair.name0} {pair.name1} has {size_of(prediction, side)} pixels for {view.name}, "
                 f"whose view has {view.size}: load the views at the size of inference, or infer again"
             )
-        grid = SparseGrid.of(view.size, max_samples, stride_of(prediction, side))
-        grids.append(grid)
-        points.append(grid.sample_of_those_there(pointmap).float())
-        confidences.append(grid.sample_of_those_there(confidence).float())
-        weight = usable_weights(points[-1], confidences[-1], side)
-        weights.append(weight if view.mask is None else weight * grid.sample(view.mask).to(weight.device))
-    if min(int((w > 0).sum()) for w in weights) < MIN_SAMPLES:
-        return None
-    unit = float(points[0][weights[0] > 0].norm(dim=-1).median())
-    points = [torch.where((w > 0)[:, None], p / unit, 0) for p, w in zip(points, weights, strict=True)]
+    grid0, grid1 = (SparseGrid.of(v.size, max_samples, stride_of(prediction, side)) for side, v in enumerate(views))
+    return grid0, grid1
+
+
+def _usable_samples(
+    sampled: Mapping[Pair, Sequence[Tensor]], grids: tuple[SparseGrid, SparseGrid], by_name: Mapping[str, View]
+) -> dict[Pair, PairSamples]:
+    """Of pairs of one size, of which points and confidences of side 0, then of side 1 are given."""
+    parts = [torch.stack(values).float() for values in zip(*sampled.values(), strict=True)]
+    points, confidences = parts[0::2], parts[1::2]
+    weights = [
+        usable_weights(points[side], confidences[side], side)
+        * _masks([by_name[pair[side]] for pair in sampled], grids[side]).to(points[side].device)
+        for side in (0, 1)
+    ]
+    distances = points[0].norm(dim=-1)
+    units = torch.where(weights[0] > 0, distances, torch.nan).nanmedian(dim=-1).values
+    points = [
+        torch.where((w > 0)[..., None], p / units[:, None, None], 0) for p, w in zip(points, weights, strict=True)
+    ]
     weights = [w * (p.norm(dim=-1) < MAX_DISTANCE) for p, w in zip(points, weights, strict=True)]
-    score = math.prod(float(c[w > 0].mean()) for c, w in zip(confidences, weights, strict=True))
-    enough = min(int((w > 0).sum()) for w in weights) >= MIN_SAMPLES and unit > 0 and math.isfinite(unit)
-    return PairSamples(points, weights, unit, score, (grids[0], grids[1])) if enough else None
+    counts = [(w > 0).sum(dim=-1) for w in weights]
+    means = [torch.where(w > 0, c, 0).sum(dim=-1) / k for c, w, k in zip(confidences, weights, counts, strict=True)]
+    told = torch.stack([units, means[0], means[1], torch.minimum(*counts)], dim=-1).double().tolist()
+    return {
+        pair: PairSamples([p[i] for p in points], [w[i] for w in weights], unit, mean0 * mean1, grids)
+        for i, (pair, (unit, mean0, mean1, count)) in enumerate(zip(sampled, told, strict=True))
+        if count >= MIN_SAMPLES and unit > 0 and math.isfinite(unit)
+    }
+
+
+def _masks(views: Sequence[View], grid: SparseGrid) -> Bool[Tensor, "k m"]:
+    """Which samples of each view may be used."""
+    usable = torch.ones(len(views), grid.shape[0] * grid.shape[1], dtype=torch.bool)
+    for row, view in zip(usable, views, strict=True):
+        if view.mask is not None:
+            row.copy_(grid.sample(view.mask))
+    return usable

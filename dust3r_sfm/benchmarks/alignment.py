@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dust3r_sfm.align_scene import alignment_device
 from dust3r_sfm.alignment.align import AlignConfig, fuse_depths, start_component
 from dust3r_sfm.alignment.cameras import cameras_of_views
 from dust3r_sfm.alignment.objective import Evaluation, Problem, State, evaluate, pair_scales
@@ -33,7 +34,7 @@ from dust3r_sfm.alignment.optimization import minimize_robustly, with_settled_de
 from dust3r_sfm.geometry.camera import pixel_grid
 from dust3r_sfm.geometry.metrics import all_pairs_errors_deg
 from dust3r_sfm.geometry.transforms import inverse, quaternion_from_rotation, rotation_from_quaternion, transform_points
-from dust3r_sfm.infer_pairs import InferConfig, pick_device
+from dust3r_sfm.pair_network import InferConfig
 from dust3r_sfm.pairs import Pair, PairPrediction
 from dust3r_sfm.views import View
 
@@ -69,6 +70,7 @@ def main(
     height: int | None = None,
     width: int | None = None,
     reference_iters: int = 300,
+    profile: bool = False,
     config: AlignConfig = AlignConfig(),  # noqa: B008  frozen
 ) -> AlignmentFigures:
     """Align synthetic predictions of all directed pairs and print times, memory and the final objective.
@@ -78,10 +80,10 @@ def main(
         height: Of a prediction: 384 on a CUDA device, 224 elsewhere.
         width: 512 and 224.
         reference_iters: Steps of Adam on the published objective from the same start; 0 leaves it out.
+        profile: Print the 15 operations that take the most time, once more on top.
         config: How the alignment is sought.
     """
-    device = pick_device(InferConfig())
-    device = device if device.type == "cuda" else torch.device("cpu")
+    device = alignment_device(InferConfig())
     usual = (16, 384, 512) if device.type == "cuda" else (10, 224, 224)
     n, h, w = (given or default for given, default in zip((num_images, height, width), usual, strict=True))
     views, predictions, truth = synthetic_predictions(n, (h, w), device)
@@ -90,6 +92,7 @@ def main(
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     aligned = _align(views, predictions, config)
+    whole = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else _peak_of_process()
     objective = Published(views, predictions, aligned.observations)
     figures = AlignmentFigures(
@@ -106,7 +109,20 @@ def main(
         value = objective.descend(aligned.start_problem, aligned.start, reference_iters)
         figures = figures._replace(reference_objective=value, reference_s=time.perf_counter() - start)
     _report(figures, n, (h, w), reference_iters)
+    if whole:
+        logger.info("%.2f GB at most with the predictions.", whole / 1e9)
+    if profile:
+        print(_profile(views, predictions, config))
     return figures
+
+
+def _profile(views: Sequence[View], predictions: dict[Pair, PairPrediction], config: AlignConfig) -> str:
+    """Tables of kernels, where there are any, and of operations on the host."""
+    with torch.profiler.profile() as profiler:
+        _align(views, predictions, config)
+    averages = profiler.key_averages()
+    keys = ["self_cpu_time_total"] + ["self_device_time_total"] * torch.cuda.is_available()
+    return "\n".join(averages.table(sort_by=key, row_limit=15, max_name_column_width=60) for key in keys)
 
 
 class _Aligned(NamedTuple):

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dust3r_sfm.align_scene import alignment_device
 from dust3r_sfm.alignment.align import AlignConfig, align
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.geometry.camera import pixel_grid
@@ -30,7 +31,7 @@ from dust3r_sfm.geometry.transforms import (
     rotation_from_rotvec,
     transform_points,
 )
-from dust3r_sfm.infer_pairs import InferConfig, pick_device
+from dust3r_sfm.pair_network import InferConfig
 from dust3r_sfm.pairs import Pair, PairPrediction
 from dust3r_sfm.views import View
 
@@ -84,10 +85,10 @@ def main(
 
 
 def measure(n: int, num_neighbors: int, config: AlignConfig) -> ScaleFigures:
-    device = pick_device(InferConfig())
-    device = device if device.type == "cuda" else torch.device("cpu")
+    device = alignment_device(InferConfig())
     survey = Survey(n, num_neighbors, device)
     if device.type == "cuda":
+        align(survey.views[:2], survey, config)  # loads the kernels
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     scene = align(survey.views, survey, config)
@@ -105,7 +106,7 @@ def measure(n: int, num_neighbors: int, config: AlignConfig) -> ScaleFigures:
 
 
 class Survey(Mapping[Pair, PairPrediction]):
-    """The reduced predictions of all pairs, each made when it is asked for."""
+    """The reduced predictions of all pairs, in the device's memory."""
 
     def __init__(self, n: int, num_neighbors: int, device: torch.device, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -113,12 +114,16 @@ class Survey(Mapping[Pair, PairPrediction]):
         places = torch.stack([torch.arange(n) % columns, torch.arange(n) // columns], dim=-1).double() * SPACING_M
         places = places + 0.1 * SPACING_M * torch.randn(n, 2, generator=generator, dtype=torch.float64)
         self.cam_from_world = _looking_down(places, generator).to(device)
-        self._points = self._seen(generator).to(device)
+        points = self._seen(generator).to(device)
         blank, identity = torch.zeros(*ANCHORS, 3, dtype=torch.uint8), torch.eye(3, dtype=torch.float64)
         self.views = [
             View(name=f"{i:06d}.jpg", image=blank, original_size=ANCHORS[::-1], net_from_img=identity) for i in range(n)
         ]
-        self._pairs = {Pair(*(self.views[k].name for k in edge)): edge for edge in _edges(places, num_neighbors)}
+        edges = _edges(places, num_neighbors)
+        self._rows = {Pair(*(self.views[k].name for k in edge)): row for row, edge in enumerate(edges)}
+        generator = torch.Generator(device).manual_seed(seed)
+        parts = [self._told(torch.tensor(some).T, points, generator) for some in _blocks(edges)]
+        self._pointmaps, self._confidences = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
 
     def _seen(self, generator: torch.Generator) -> Float[Tensor, "n h w 3"]:
         """Points in the world: depths that wave by a third, another wave for each image."""
@@ -130,21 +135,33 @@ class Survey(Mapping[Pair, PairPrediction]):
         in_cam = (HEIGHT_M * (1 + 0.3 * waves))[..., None] * rays
         return transform_points(inverse(self.cam_from_world.cpu()), in_cam.flatten(1, 2)).view(n, h, w, 3)
 
+    def _told(
+        self, images: Int[Tensor, "2 k"], points: Float[Tensor, "n h w 3"], generator: torch.Generator
+    ) -> tuple[Float[Tensor, "2 k h w 3"], Float[Tensor, "2 k h w"]]:
+        """Pointmaps and confidences of both sides of some pairs."""
+        images = images.to(points.device)
+        in_cam = transform_points(self.cam_from_world[images[0]], points[images].flatten(2, 3)).float()
+        draw = {"generator": generator, "device": points.device}
+        noisy = in_cam + NOISE * in_cam.norm(dim=-1, keepdim=True) * torch.randn(in_cam.shape, **draw)
+        scales = (torch.rand(in_cam.shape[1], 1, 1, **draw) * 2 - 1).exp()
+        confidences = 1 + 10 * torch.rand(in_cam.shape[:-1], **draw)
+        return (scales * noisy).unflatten(2, ANCHORS), confidences.unflatten(2, ANCHORS)
+
     def __getitem__(self, pair: Pair) -> PairPrediction:
-        i, j = self._pairs[pair]
-        generator = torch.Generator(self._points.device).manual_seed(i * len(self.views) + j)
-        draw = {"generator": generator, "device": self._points.device}
-        points = transform_points(self.cam_from_world[i], self._points[[i, j]].flatten(0, 2)).view(2, *ANCHORS, 3)
-        points = points + NOISE * points.norm(dim=-1, keepdim=True) * torch.randn(2, *ANCHORS, 3, **draw)
-        points = ((torch.rand((), **draw) * 2 - 1).exp() * points).float()
-        confidence = 1 + 10 * torch.rand(2, *ANCHORS, **draw)
-        return PairPrediction(points[0], confidence[0], points[1], confidence[1])
+        row = self._rows[pair]
+        sides = ((self._pointmaps[side, row], self._confidences[side, row]) for side in (0, 1))
+        return PairPrediction(*next(sides), *next(sides))
 
     def __iter__(self) -> Iterator[Pair]:
-        return iter(self._pairs)
+        return iter(self._rows)
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self._rows)
+
+
+def _blocks(edges: list[tuple[int, int]], size: int = 10_000) -> Iterator[list[tuple[int, int]]]:
+    for first in range(0, len(edges), size):
+        yield edges[first : first + size]
 
 
 def _looking_down(places: Float[Tensor, "n 2"], generator: torch.Generator) -> Float[Tensor, "n 4 4"]:
