@@ -12,7 +12,7 @@ from dust3r_sfm.alignment.consistency import best_tree_poses
 from dust3r_sfm.alignment.objective import MIN_OUTLIER_DISTANCE, pair_points, pair_scales
 from dust3r_sfm.alignment.observations import Observations
 from dust3r_sfm.geometry.registration import register_similarity, similarity_matrix
-from dust3r_sfm.geometry.transforms import inverse, transform_points
+from dust3r_sfm.geometry.transforms import determinant, inverse, transform_points
 
 NUM_REWEIGHTINGS = 5
 NUM_TURNS = 5
@@ -124,7 +124,7 @@ def register_robustly(
     is_spread = _is_spread(source, weights)
     for _ in range(NUM_REWEIGHTINGS):
         similarity = similarity_matrix(*register_similarity(source, target, reweighted)).double()
-        told = is_spread & similarity.isfinite().all(dim=-1).all(dim=-1) & (torch.det(similarity) > 1e-9)
+        told = is_spread & similarity.isfinite().all(dim=-1).all(dim=-1) & (determinant(similarity[..., :3, :3]) > 1e-9)
         similarity = torch.where(told[..., None, None], similarity, identity)
         residuals = (transform_points(similarity.float(), source) - target).norm(dim=-1)
         reweighted = weights / residuals.clamp(min=MIN_RESIDUAL)

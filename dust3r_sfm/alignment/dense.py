@@ -16,7 +16,7 @@ from torch.nn.functional import avg_pool2d, grid_sample
 
 from dust3r_sfm.alignment.observations import usable_weights
 from dust3r_sfm.geometry.camera import pixel_grid
-from dust3r_sfm.geometry.transforms import transform_points
+from dust3r_sfm.geometry.transforms import determinant, transform_points
 from dust3r_sfm.pairs import PairPrediction, ReducedPrediction
 
 NUM_REWEIGHTINGS = 5
@@ -128,7 +128,7 @@ def _of_depths(
     depths = torch.stack([seen[i][0].depth0 for i in rows]).float()
     confidence = torch.stack([seen[i][0].full_confidence0 for i in rows]).float()
     weights = usable_weights(depths[..., None] * rays, confidence, 0) * belief[rows, None, None].float()
-    scales = torch.linalg.det(cam_from_pair[rows, :3, :3]).abs().pow(1 / 3).float()
+    scales = determinant(cam_from_pair[rows, :3, :3]).abs().pow(1 / 3).float()
     depths = torch.where(weights > 0, scales[:, None, None] * depths, 0)
     return [_Seen(depths, torch.zeros_like(depths), weights, confidence)]
 

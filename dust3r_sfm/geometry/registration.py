@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dust3r_sfm.geometry.statistics import weighted_median
-from dust3r_sfm.geometry.transforms import rigid_transform
+from dust3r_sfm.geometry.transforms import determinant, rigid_transform
 
 
 def register_similarity(
@@ -35,7 +35,7 @@ def register_similarity(
     # The decomposition raises on NaN: those of the batch get an identity here and NaN in the end.
     eye = torch.eye(3, dtype=source.dtype, device=source.device)
     U, D, Vh = torch.linalg.svd(torch.where(valid[..., None, None], covariance, eye))
-    mirrored = torch.det(U) * torch.det(Vh) < 0
+    mirrored = determinant(U) * determinant(Vh) < 0
     S = torch.ones_like(D)
     S[..., 2] = torch.where(mirrored, -1.0, 1.0)  # S matrix, eq. 43
     rotation = torch.where(valid[..., None, None], (U * S[..., None, :]) @ Vh, torch.nan)  # eq. 40

@@ -31,6 +31,12 @@ def transform_points(
     return points @ target_from_source[..., :3, :3].mT + target_from_source[..., None, :3, 3]
 
 
+def determinant(matrices: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b"]:
+    """Of 3x3 matrices, without the decomposition that torch.det makes, which takes long on a GPU."""
+    x, y, z = matrices.unbind(dim=-2)
+    return (torch.linalg.cross(x, y, dim=-1) * z).sum(dim=-1)
+
+
 def camera_center(cam_from_world: Float[Tensor, "*b 4 4"]) -> Float[Tensor, "*b 3"]:
     """The camera's centre in the world."""
     return inverse(cam_from_world)[..., :3, 3]
