@@ -14,6 +14,7 @@ BENCHMARKS = {
     "interruptions": "Stages that are killed at random moments, compared with runs that are not.",
     "retrieval": "Nearest neighbours among random descriptors: exact, and by the compressed index.",
     "scale": "Alignment of more and more images: error, time and memory.",
+    "splatting": "Gaussian splats of a scene against those of the true cameras, on a CUDA device.",
     "training": "Where a training step's time goes on a CUDA device.",
 }
 
