@@ -21,7 +21,7 @@ from dust3r_sfm.graph import pairs_exhaustive, pairs_sequential
 from dust3r_sfm.infer_pairs import SHARD_PAIRS, infer_pairs
 from dust3r_sfm.match_dense import MatchConfig
 from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig, Tokens
-from dust3r_sfm.pair_network import ENCODE_IMAGES, InferConfig, PairNetwork, encoding_capacity, unbatched
+from dust3r_sfm.pair_network import ENCODE_IMAGES, InferConfig, PairNetwork, encoding_capacity, pick_device, unbatched
 from dust3r_sfm.pairs import Pair
 from dust3r_sfm.reduction import Reduction, evenly_together, reduced, reduction_of
 from dust3r_sfm.schedule import encoding_passes
@@ -57,7 +57,8 @@ def main(
     has_cuda = torch.cuda.is_available() and config.device in ("auto", "cuda")
     config = config if has_cuda else replace(config, compiled="off")
     released = model == "released" or (model == "auto" and has_cuda)
-    network = Dust3r(Dust3rConfig(image_size=512, head="dpt")) if released else Dust3r.from_pretrained()
+    with pick_device(config):  # random weights are drawn where they are used
+        network = Dust3r(Dust3rConfig(image_size=512, head="dpt")) if released else Dust3r.from_pretrained()
     size = (384, 512) if released else (192, 256)
     if num_pairs is not None:
         _measure_collection(network, size, num_pairs, config)

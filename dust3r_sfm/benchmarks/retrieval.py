@@ -59,11 +59,12 @@ def main(
         config: Options of the compressed index.
     """
     num_queries, engine = min(num_queries or count, count), pick_engine(engine)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:  # the search reads a file, as it does of many photos
         path = Path(folder) / "descriptors"
         matrix = np.memmap(path, np.float16, "w+", shape=(count, dim))
-        clustered_descriptors(count, dim, out=matrix)
-        queries = matrix[np.linspace(0, count - 1, num_queries).astype(np.int64)]
+        clustered_descriptors(count, dim, out=matrix, device="cuda" if torch.cuda.is_available() else "cpu")
+        some = np.linspace(0, count - 1, num_queries).astype(np.int64)
+        queries = matrix if num_queries == count else matrix[some]
         start = time.perf_counter()
         exact = exact_top_k(queries, matrix, num_matched, engine)
         figures = RetrievalFigures(count, dim, engine, time.perf_counter() - start, num_queries)
@@ -74,7 +75,7 @@ def main(
 
 
 def clustered_descriptors(
-    count: int, dim: int, seed: int = 0, out: Float16[np.ndarray, "n d"] | None = None
+    count: int, dim: int, seed: int = 0, out: Float16[np.ndarray, "n d"] | None = None, device: str = "cpu"
 ) -> Float16[np.ndarray, "n d"]:
     """Unit descriptors in places of 32 each, in no order.
 
@@ -82,15 +83,16 @@ def clustered_descriptors(
     within a place and 0 across places.
     """
     num_places = -(-count // PLACE_IMAGES)
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(num_places, dim, generator=generator).div_(dim**0.5)
-    place_of = torch.randperm(num_places * PLACE_IMAGES, generator=generator)[:count] % num_places
+    generator = torch.Generator(device).manual_seed(seed)
+    draw = {"generator": generator, "device": device}
+    directions = torch.randn(num_places, dim, **draw).div_(dim**0.5)
+    place_of = torch.randperm(num_places * PLACE_IMAGES, **draw)[:count] % num_places
     out = np.empty((count, dim), np.float16) if out is None else out
     for start in range(0, count, BLOCK_ROWS):
         places = place_of[start : start + BLOCK_ROWS]
-        noise = torch.randn(len(places), dim, generator=generator).mul_(SPREAD / dim**0.5)
+        noise = torch.randn(len(places), dim, **draw).mul_(SPREAD / dim**0.5)
         rows = torch.nn.functional.normalize(directions[places] + noise, dim=1)
-        out[start : start + BLOCK_ROWS] = rows.half().numpy()
+        out[start : start + BLOCK_ROWS] = rows.half().cpu().numpy()
     return out
 
 
