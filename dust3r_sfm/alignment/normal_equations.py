@@ -31,7 +31,8 @@ from dust3r_sfm.alignment.objective import (
     focused_rays,
 )
 
-CHUNK_PAIRS = 64
+POINTS_AT_ONCE = 200_000
+"""Of both sides of pairs, whose derivatives are in memory in one go: 360 bytes each."""
 MAX_CG_ITERS = 40
 CG_TOLERANCE = 1e-2
 """Relative residual, in the preconditioner's norm, at which a step is exact enough."""
@@ -153,7 +154,8 @@ def normal_equations(problem: Problem, state: State, evaluation: Evaluation) -> 
     origins = state.world_from_pair[:, :3, 3].float()
     H, g, C = [], [], []
     D, g_d = torch.zeros_like(state.depth), torch.zeros_like(state.depth)
-    for e in torch.arange(images.shape[1], device=images.device).split(CHUNK_PAIRS):
+    at_once = max(1, POINTS_AT_ONCE // (2 * state.depth.shape[1]))
+    for e in torch.arange(images.shape[1], device=images.device).split(at_once):
         i = images[:, e]
         points, weights = evaluation.points_in_world[i], evaluation.irls_weights[:, e]
         residuals = points - evaluation.pair_points_in_world[:, e]
