@@ -160,7 +160,7 @@ def _say_profile(run: Callable[[], object], device: torch.device) -> None:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.profiler.profile(activities=activities) as found:
         seconds = _seconds(device, run)
-    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     rows = found.key_averages()
     logger.info("%s", rows.table(sort_by=order, row_limit=30, max_name_column_width=90))
     if on_gpu:
