@@ -9,13 +9,16 @@ again elsewhere, and nothing is written twice.
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
+import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -42,13 +45,22 @@ class EngineConfig:
 
 
 def share_of(shards: Sequence[Shard], config: EngineConfig) -> list[Shard]:
-    """The shards that a run is to do: every N-th where its config asks for a share."""
+    """The shards that a run is to do: the i-th N-th of them where its config asks for a share.
+
+    Shards beside each other are one share's: they have images in common.
+    """
     if config.shard is None:
         return list(shards)
     found = re.fullmatch(r"(\d+)/(\d+)", config.shard)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise InputError(f"a share is written i/N with i from 1 to N, such as 2/8, got {config.shard}")
-    return list(shards)[int(found[1]) - 1 :: int(found[2])]
+    i, n = int(found[1]), int(found[2])
+    return list(shards)[len(shards) * (i - 1) // n : len(shards) * i // n]
+
+
+def share_name(config: EngineConfig) -> str | None:
+    """Of a share, fit for a file's name; None where all is done."""
+    return None if config.shard is None else config.shard.replace("/", "-")
 
 
 def is_local(config: EngineConfig) -> bool:
@@ -89,16 +101,35 @@ _held: Any = None
 """What this process holds, where it is a worker."""
 
 
-def _hold(make: Callable[[], Any], devices: Any) -> None:
+def _hold(make: bytes, devices: Any) -> None:
     global _held  # noqa: PLW0603  a worker process holds one thing
     device = devices.get()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device  # before CUDA starts: the network finds one GPU
-    _held = make()
+    _held = pickle.loads(make)()
 
 
-def _do(function: Callable[[Any, Any], Any], index: int, shard: Any) -> tuple[int, Any]:
-    return index, function(_held, shard)
+def _do(function: Callable[[Any, Any], Any], index: int, shard: bytes) -> tuple[int, bytes]:
+    return index, packed(function(_held, pickle.loads(shard)))
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors as arrays: torch's own way between processes takes an open file for each, which are soon too many."""
+
+    def reducer_override(self, item: Any) -> Any:
+        import torch
+
+        if type(item) is torch.Tensor and item.device.type == "cpu" and not item.requires_grad:
+            with suppress(TypeError):  # of types that numpy does not know
+                return torch.from_numpy, (item.numpy(),)
+        return NotImplemented
+
+
+def packed(item: Any) -> bytes:
+    """What goes to another process, and is there by `pickle.loads`."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(item)
+    return buffer.getvalue()
 
 
 def _map_on_processes(
@@ -110,15 +141,17 @@ def _map_on_processes(
     for worker in range(workers):
         devices.put(visible[worker % len(visible)] if visible else None)
     rest = list(enumerate(shards))[::-1]
-    with ProcessPoolExecutor(workers, context, _hold, (make, devices)) as pool:
+    with ProcessPoolExecutor(workers, context, _hold, (packed(make), devices)) as pool:
         running = set()
         try:
             while rest or running:
                 while rest and len(running) < WAITING_SHARDS * workers:
-                    running.add(pool.submit(_do, function, *rest.pop()))
+                    index, shard = rest.pop()
+                    running.add(pool.submit(_do, function, index, packed(shard)))
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    yield future.result()
+                    index, result = future.result()
+                    yield index, pickle.loads(result)
         except BrokenProcessPool as error:
             raise InputError("a worker process died: run the same command again, with fewer workers") from error
 
@@ -137,14 +170,14 @@ class _Actor:
         self.held: Any = None
         self.is_ready = False
 
-    def do(self, references: list[Any], index: int, shard: Any) -> tuple[int, Any]:
+    def do(self, references: list[Any], index: int, shard: Any) -> tuple[int, bytes]:
         """One shard; `references` to the function and to what makes what is held, which are fetched once."""
         if not self.is_ready:
             import ray
 
             self.function, make = ray.get(references)
             self.held, self.is_ready = make(), True
-        return index, self.function(self.held, shard)
+        return index, packed(self.function(self.held, shard))
 
 
 def _map_on_ray(
@@ -168,7 +201,9 @@ def _map_on_ray(
         references = [ray.put(function), ray.put(make)]
         count = min(workers or gpus or int(ray.cluster_resources().get("CPU", 1)), len(shards))
         pool = ActorPool([actor.remote() for _ in range(count)])
-        yield from pool.map_unordered(lambda a, item: a.do.remote(references, *item), list(enumerate(shards)))
+        found = pool.map_unordered(lambda a, item: a.do.remote(references, *item), list(enumerate(shards)))
+        for index, result in found:
+            yield index, pickle.loads(result)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayActorError as error:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dust3r_sfm.engine import EngineConfig, is_local, map_shards, share_of
+from dust3r_sfm.engine import EngineConfig, is_local, map_shards, share_name, share_of
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.files import holding
 from dust3r_sfm.formats.descriptors import DescriptorStore, ImageDescriptor, descriptor_folder
@@ -71,10 +71,9 @@ def main(
     """
     names = list_images(image_dir)
     extractor = _load(model, apgem, scales, config)
-    output.parent.mkdir(parents=True, exist_ok=True)
     keys = {name: _key(image_dir / name, extractor) for name in names}
     make = (lambda: extractor) if is_local(engine) else partial(_load, model, apgem, scales, config)
-    share = None if engine.shard is None else engine.shard.replace("/", "-")
+    share = share_name(engine)
     with holding(descriptor_folder(output), share):
         store = DescriptorStore(output)
         rejected = _describe_to_store(image_dir, keys, store, make, config, engine)

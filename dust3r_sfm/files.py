@@ -112,6 +112,7 @@ def _lock(path: Path, taken: str, is_shared: bool = False) -> IO[str]:
     """The open file of a lock, which is held until it is closed; InputError that says `taken` where another has it."""
     while True:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # the run that held it may have removed it
             file = open(path, "w")  # noqa: SIM115  returned
         except OSError as error:
             raise _not_writable(path.parent, error) from error

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from dust3r_sfm.engine import EngineConfig, is_local, map_shards, share_of
+from dust3r_sfm.engine import EngineConfig, is_local, map_shards, share_name, share_of
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.files import holding
 from dust3r_sfm.formats.known_cameras import read_known_cameras
@@ -67,12 +67,11 @@ def main(
     known = read_known_cameras(cameras, list_images(image_dir)) if cameras is not None else None
     views = load_views(image_dir, size, on_bad_image=on_bad_image, square_ok=square_ok, cameras=known)
     directed = symmetrize(read_pairs(pairs, [view.name for view in views]))
-    output.parent.mkdir(parents=True, exist_ok=True)
     if engine.shard is None:
         infer_pairs(network, views, directed, output, config, engine)
         logger.info("%d directed pairs of %d images are in %s.", len(directed), len(views), output)
         return
-    with holding(shard_folder(output), engine.shard.replace("/", "-")):
+    with holding(shard_folder(output), share_name(engine)):
         _infer_to_store(network, views, directed, PointmapShards(output), config, engine)
     logger.info("Share %s is done; the same command without --shard puts all shares together.", engine.shard)
 

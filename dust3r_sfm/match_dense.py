@@ -18,8 +18,9 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,14 +28,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from dust3r_sfm.formats.matches import write_matches
-from dust3r_sfm.formats.pointmaps import PointmapFile
+from dust3r_sfm.engine import EngineConfig, is_local, map_shards, share_name, share_of
+from dust3r_sfm.files import holding
+from dust3r_sfm.formats.matches import MatchShards, match_folder
+from dust3r_sfm.formats.pointmaps import PointmapFile, hash_of
 from dust3r_sfm.geometry.surfaces import Surface, at_pixels, nearest_on_surface, pixel_steps
 from dust3r_sfm.pairs import Matches, Pair, PairPrediction, Predictions, ReducedPrediction, SomePredictions
 from dust3r_sfm.views import View
 
 logger = logging.getLogger(__name__)
 
+SHARD_PAIRS = 32
+"""What a killed run loses at most."""
 RELATIVE_CONFIDENCE = 0.1
 """A usable pixel's confidence, less the 1 where confidences start, over that of the image's best tenth."""
 GAP_RATIO = 3.0
@@ -121,23 +126,87 @@ def batched(prediction: PairPrediction) -> PairPrediction:
 
 
 def match_dense(
-    views: Sequence[View], predictions: Predictions, config: MatchConfig = MatchConfig()
+    views: Sequence[View],
+    predictions: Predictions,
+    config: MatchConfig = MatchConfig(),
+    output: Path | None = None,
+    engine: EngineConfig = EngineConfig(),  # noqa: B008  frozen
 ) -> dict[Pair, Matches]:
-    """Matches of every undirected pair, from one prediction or both; the key is the direction that comes first."""
-    view_of = {view.name: view for view in views}
-    pairs = list(dict.fromkeys(predictions))
-    position = {pair: i for i, pair in enumerate(pairs)}
-    undirected = [pair for pair in pairs if position.get(pair.reversed(), len(pairs)) > position[pair]]
-    matches = {}
-    for pair in tqdm(undirected, desc="Matching", unit="pair", disable=None):
-        reverse = predictions[pair.reversed()] if pair.reversed() in position else None
-        prediction = predictions[pair]
+    """Matches of every undirected pair, from one prediction or both; the key is the direction that comes first.
+
+    Views are asked for their masks only. Matches of predictions in a file may go to the file `output`, continuing what
+    is there; of an engine's share only they are returned, and wait beside it for the others.
+    """
+    masks = {view.name: view.mask for view in views if view.mask is not None}
+    undirected = _undirected(predictions)
+    shards = [undirected[start : start + SHARD_PAIRS] for start in range(0, len(undirected), SHARD_PAIRS)]
+    make = partial(_Matcher, predictions, masks, config)
+    with tqdm(total=len(undirected), desc="Matching", unit="pair", disable=None) as bar:
+        if output is None:
+            found = dict(_match_shards(make, shards, engine, bar))
+            return {pair: matches for shard in range(len(shards)) for pair, matches in found[shard].items()}
+        with holding(match_folder(output), share_name(engine)):
+            store, keys = MatchShards(output), _keys(predictions, undirected, masks, config)
+            own = share_of(shards, engine)
+            todo = [shard for shard in own if any(keys[pair] not in store for pair in shard)]
+            bar.update(sum(map(len, shards)) - sum(map(len, todo)))
+            for _, matches in _match_shards(make, todo, engine, bar):
+                store.add(matches, keys)
+            if engine.shard is None:
+                return store.finish(keys)
+            return store.read({pair: keys[pair] for shard in own for pair in shard})
+
+
+class _Matcher:
+    """What matches shards of pairs, here or in a worker, which reads predictions of a file itself."""
+
+    def __init__(self, predictions: Predictions, masks: Mapping[str, Tensor], config: MatchConfig) -> None:
+        self.predictions, self.masks, self.config = predictions, masks, config
+
+    def match(self, pair: Pair) -> Matches:
+        prediction, back = self.predictions[pair], pair.reversed()
         if isinstance(prediction, ReducedPrediction):
-            matches[pair] = _kept_matches(pair, prediction, predictions)
-            continue
-        view0, view1 = view_of.get(pair.name0), view_of.get(pair.name1)
-        matches[pair] = match_pair(prediction, view0, view1, config, reverse)
-    return matches
+            return _kept_matches(pair, prediction, self.predictions)
+        masks = [self.masks[name][None] if name in self.masks else None for name in pair]
+        reverse = batched(self.predictions[back]) if back in self.predictions else None
+        return matches_of(match_batch(batched(prediction), reverse, masks, self.config), 0)
+
+
+def _match_shards(
+    make: Callable[[], _Matcher], shards: Sequence[Sequence[Pair]], engine: EngineConfig, bar: tqdm
+) -> Iterator[tuple[int, dict[Pair, Matches]]]:
+    match = partial(_match_shard, advance=bar.update) if is_local(engine) else _match_shard
+    for index, found in map_shards(match, make, shards, engine):
+        bar.update(0 if is_local(engine) else len(found))
+        yield index, found
+
+
+def _match_shard(matcher: _Matcher, shard: Sequence[Pair], advance: Callable[[], object] = bool) -> dict[Pair, Matches]:
+    found = {}
+    for pair in shard:
+        found[pair] = matcher.match(pair)
+        advance()
+    return found
+
+
+def _undirected(predictions: Predictions) -> list[Pair]:
+    position = {pair: i for i, pair in enumerate(predictions)}
+    return [pair for pair in position if position.get(pair.reversed(), len(position)) > position[pair]]
+
+
+def _keys(
+    predictions: Predictions, pairs: Sequence[Pair], masks: Mapping[str, Tensor], config: MatchConfig
+) -> dict[Pair, str]:
+    """What the matches of each pair depend on, as a hash."""
+    there = predictions.all_of_them if isinstance(predictions, SomePredictions) else predictions
+    if not isinstance(there, PointmapFile):
+        raise TypeError("matches go to a file where predictions come from one")
+    of = dict(zip(predictions, there.keys_of(predictions), strict=True))
+    hashes = {name: hash_of(mask.cpu().numpy().tobytes()) for name, mask in masks.items()}
+    return {
+        pair: hash_of(repr(config), of[pair], of.get(pair.reversed(), ""), *(hashes.get(name, "") for name in pair))
+        for pair in pairs
+    }
 
 
 def _kept_matches(pair: Pair, prediction: ReducedPrediction, predictions: Predictions) -> Matches:
@@ -217,19 +286,26 @@ def _follow(
     return torch.where(kept[..., None], there, 0), scores
 
 
-def main(pointmaps: Path, output: Path, config: MatchConfig = MatchConfig()) -> None:
+def main(
+    pointmaps: Path,
+    output: Path,
+    config: MatchConfig = MatchConfig(),
+    engine: EngineConfig = EngineConfig(),  # noqa: B008  frozen
+) -> None:
     """Match the pixels of all pairs of a pointmap file.
 
     Args:
         pointmaps: What infer_pairs wrote, such as pointmaps.h5.
-        output: The file to write, such as matches.h5.
+        output: The file to write, such as matches.h5; a second run continues an interrupted one.
         config: Which matches to keep.
+        engine: Where to match.
     """
     with PointmapFile(pointmaps) as predictions:
-        matches = match_dense([], predictions, config)
-    write_matches(output, matches)
+        matches = match_dense([], predictions, config, output, engine)
     total = sum(len(m.scores) for m in matches.values())
     logger.info("%d matches of %d pairs are in %s.", total, len(matches), output)
+    if engine.shard is not None:
+        logger.info("Share %s is done; the same command without --shard puts all shares together.", engine.shard)
 
 
 if __name__ == "__main__":

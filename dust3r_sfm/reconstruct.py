@@ -123,7 +123,7 @@ def main(
     check_both(features, matches)
     given = (features, matches) if features is not None and matches is not None else None
     if config.engine.shard is not None:
-        raise InputError("a share is done by single stages: extract-descriptors and infer-pairs take --shard")
+        raise InputError("a share is done by single stages: extract-descriptors, infer-pairs, match-dense have --shard")
     refuse_foreign_model(output)
     summary = Summary()
     with holding(output):
@@ -223,7 +223,7 @@ def _align_and_match(
         summary.decisions = with_doubts(summary.decisions, scenes)
         kept = SomePredictions(predictions, [decision.pair for decision in summary.decisions if decision.kept])
     with summary.timed("match_dense"):
-        matches = summary.matches = match_dense(views, kept, config.match)
+        matches = summary.matches = match_dense(views, kept, config.match, output / "matches.h5", config.engine)
     with summary.timed("tracks"):
         return [build_tracks(scene, matches, views, config.tracks) for scene in scenes], matches
 
@@ -260,7 +260,8 @@ def _export(
     with summary.timed("export_scene"):
         export_scenes(scenes, views, output, text, config, image_dir, matches)
         write_scenes(output / "scene.h5", scenes)
-        write_matches(output / "matches.h5", matches)
+        if not matches:  # else they are there
+            write_matches(output / "matches.h5", matches)
     summary.scenes = scenes
 
 

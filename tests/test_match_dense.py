@@ -1,12 +1,14 @@
 import dataclasses
+from importlib import import_module
 
 import pytest
 import torch
 from procedural import make_scene
 
+from dust3r_sfm.engine import EngineConfig
 from dust3r_sfm.formats.matches import read_matches
 from dust3r_sfm.formats.pointmaps import PointmapShards
-from dust3r_sfm.match_dense import MatchConfig, anchor_pixels, main, match_dense, match_pair
+from dust3r_sfm.match_dense import MatchConfig, _Matcher, anchor_pixels, main, match_dense, match_pair
 from dust3r_sfm.pairs import Pair, PairPrediction
 
 SIZE = (96, 128)
@@ -149,6 +151,35 @@ def test_the_stage_writes_what_the_function_returns(scene, tmp_path):
     predictions.close()
     main(tmp_path / "pointmaps.h5", tmp_path / "new" / "matches.h5")
     written = read_matches(tmp_path / "new" / "matches.h5")
-    assert written.keys() == expected.keys()
-    for pair, found in expected.items():
-        assert torch.equal(written[pair].keypoints1, found.keypoints1)
+    assert_same(written, expected)
+
+
+def assert_same(found, expected):
+    assert list(found) == list(expected)
+    for pair, matches in expected.items():
+        assert torch.equal(found[pair].keypoints1, matches.keypoints1)
+
+
+def test_shares_are_put_together_and_what_is_there_is_not_matched_again(scene, tmp_path, monkeypatch):
+    monkeypatch.setattr(import_module("dust3r_sfm.match_dense"), "SHARD_PAIRS", 1)
+    asked, match, output = [], _Matcher.match, tmp_path / "matches.h5"
+    monkeypatch.setattr(_Matcher, "match", lambda self, pair: asked.append(pair) or match(self, pair))
+    shards = PointmapShards(tmp_path / "pointmaps.h5")
+    keys = [str(i) for i in range(len(scene.predictions))]
+    shards.add(keys, list(scene.predictions.values()))
+    with shards.finish(list(scene.predictions), keys) as predictions:
+        expected = match_dense(scene.views, predictions)
+        whole, config = list(expected), MatchConfig()
+        first = match_dense([], predictions, config, output, EngineConfig(shard="1/2"))
+        assert not output.exists()
+        assert_same(first, {pair: expected[pair] for pair in whole[:1]})
+        asked.clear()
+        assert_same(match_dense([], predictions, config, output), expected)
+        assert asked == whole[1:]
+        assert_same(match_dense([], predictions, config, output), expected)
+        assert asked == whole[1:]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["matches.h5", "pointmaps.h5", "pointmaps.shards"]
+        mask = torch.ones(SIZE, dtype=torch.bool)
+        view = dataclasses.replace(scene.views[0], mask=mask)
+        match_dense([view], predictions, config, output)
+        assert asked == whole[1:] + whole[:2]

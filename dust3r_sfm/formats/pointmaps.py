@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -71,6 +71,15 @@ class PointmapFile(Mapping[Pair, PairPrediction]):
 
     def __len__(self) -> int:
         return len(self._index)
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return type(self), (self.path.absolute(),)  # another process opens the file anew
+
+    def keys_of(self, pairs: Iterable[Pair]) -> list[str]:
+        """What some predictions were made of, as a hash each."""
+        links = [self._file["predictions"].get(str(self._index[pair]), getlink=True) for pair in pairs]
+        keys = {name: _read_keys(self.path.parent / name) for name in {link.filename for link in links}}
+        return [keys[link.filename][int(link.path[1:])] for link in links]
 
     def close(self) -> None:
         self._file.close()
