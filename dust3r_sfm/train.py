@@ -8,6 +8,7 @@ the same command continues an interrupted run, `--init` starts a new one from gi
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from dust3r_sfm.errors import InputError
 from dust3r_sfm.files import replacing, write_bytes
 from dust3r_sfm.models.checkpoint import save_weights
 from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig
+from dust3r_sfm.models.stem import read_xfeat
 from dust3r_sfm.training.augment import apply_changes
 from dust3r_sfm.training.batches import Source
 from dust3r_sfm.training.config import LoopConfig
@@ -69,6 +71,8 @@ class TrainConfig:
     """Weights to start from: "shipped", a file or a name; without it from scratch."""
     reshape: bool = False
     """Start a network of `model`'s shape, with all that fits by name from `init`; else init's own shape counts."""
+    stem: Path | None = None
+    """XFeat's published checkpoint (xfeat.pt): let the network see its frozen features too, beside its own patches."""
     textures: Path | None = None
     """Folder of photos for textures, beside the generated ones."""
     num_generated: int = 160
@@ -197,10 +201,25 @@ def _build(config: TrainConfig) -> Dust3r:
     """The network with its first weights, on the CPU."""
     torch.manual_seed(config.loop.seed)
     if config.init is None:
-        return Dust3r(config.model)
-    given = Dust3r.from_pretrained(None if config.init == "shipped" else config.init)
-    given.name = given.name.removeprefix("shipped ")  # they will no longer be
-    return _reshaped(given, config.model) if config.reshape else given
+        model = Dust3r(config.model)
+    else:
+        model = Dust3r.from_pretrained(None if config.init == "shipped" else config.init)
+        model.name = model.name.removeprefix("shipped ")  # they will no longer be
+        model = _reshaped(model, config.model) if config.reshape else model
+    if config.stem is not None:
+        return _with_xfeat(model, config.stem)
+    if config.init is None and model.stem is not None:
+        raise InputError("a network that sees XFeat's features needs them: give --stem, or --init with such a network")
+    return model
+
+
+def _with_xfeat(model: Dust3r, path: Path) -> Dust3r:
+    """The same with XFeat's features, which change nothing before they are trained on."""
+    weights = read_xfeat(path)
+    if model.stem is None:
+        model = _reshaped(model, dataclasses.replace(model.config, stem="xfeat"))
+    model.stem.xfeat.load_state_dict(weights)
+    return model
 
 
 def _reshaped(given: Dust3r, shape: Dust3rConfig) -> Dust3r:

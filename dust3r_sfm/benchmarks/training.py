@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +69,14 @@ def _report(trainer: Trainer, step: Step | OverlappedStep, ceiling: float) -> No
     )
 
 
-def main(batch: int = 96, overlap: bool = False, compile_all: bool = False, bf16_residual: bool = False) -> None:
+def main(
+    batch: int = 96,
+    overlap: bool = False,
+    compile_all: bool = False,
+    bf16_residual: bool = False,
+    stem: bool = False,
+    pose: float = 0.0,
+) -> None:
     """Print the times of a step for the shipped model's shape, and the share of the bfloat16 ceiling.
 
     Args:
@@ -76,14 +84,17 @@ def main(batch: int = 96, overlap: bool = False, compile_all: bool = False, bf16
         overlap: Make the next batch while the network learns.
         compile_all: Compile the heads' outputs and the changes of the photos too.
         bf16_residual: Keep the residual stream in bfloat16.
+        stem: Let the network see XFeat's features.
+        pose: Weight of the loss of poses.
     """
     if not torch.cuda.is_available():
         raise InputError("the training benchmark needs a CUDA device, and there is none")
     start = time.perf_counter()
-    loop = LoopConfig(batch=batch, heights=(192,), portrait=0.0, overlap=overlap, apart_share=0.05)
+    loop = LoopConfig(batch=batch, heights=(192,), portrait=0.0, overlap=overlap, apart_share=0.05, pose=pose)
     config = TrainConfig(output=Path(), loop=loop, compile_all=compile_all, bf16_residual=bf16_residual)
     source = Source(with_mipmaps(generated_textures(16).cuda()))
-    trainer = make_trainer(config, Dust3r(SMALL).cuda(), source, (0, 1), start)
+    model = Dust3r(dataclasses.replace(SMALL, stem="xfeat" if stem else "none")).cuda()
+    trainer = make_trainer(config, model, source, (0, 1), start)
     easy, full = trainer.steps()
     print(f"Ready after {time.perf_counter() - start:.0f} s.")
     ceiling = _matrix_ceiling()

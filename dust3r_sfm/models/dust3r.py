@@ -12,11 +12,18 @@ from torch import Tensor, nn
 
 from dust3r_sfm.models.blocks import LAYER_NORM_EPS, DecoderBlock, EncoderBlock, Rope, rope_of_grid
 from dust3r_sfm.models.heads import ConfidenceMode, DepthMode, DptHead, LinearHead, confidence_of, pointmap_of
+from dust3r_sfm.models.stem import Stem
 from dust3r_sfm.pairs import PairPrediction
 
 Head = Literal["linear", "dpt"]
+StemKind = Literal["none", "xfeat"]
 
-_MODES = {"head": get_args(Head), "depth_mode": get_args(DepthMode), "confidence_mode": get_args(ConfidenceMode)}
+_MODES = {
+    "head": get_args(Head),
+    "stem": get_args(StemKind),
+    "depth_mode": get_args(DepthMode),
+    "confidence_mode": get_args(ConfidenceMode),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +42,8 @@ class Dust3rConfig:
     dec_num_heads: int = 12
     mlp_ratio: float = 4.0
     patch_size: int = 16
+    stem: StemKind = "none"
+    """Frozen features that are added to the patches: XFeat's, or none."""
     head: Head = "linear"
     dpt_layer_dims: tuple[int, int, int, int] = (96, 192, 384, 768)
     """Channels of the DPT head's four levels, fine to coarse."""
@@ -100,6 +109,7 @@ class Dust3r(nn.Module):
         """Whether the residual stream is as autocast leaves it."""
         c = config
         self.patch_embed = _PatchEmbed(c.enc_embed_dim, c.patch_size)
+        self.stem = Stem(c.enc_embed_dim, c.patch_size) if c.stem == "xfeat" else None
         self.register_buffer("mask_token", torch.zeros(1, 1, c.dec_embed_dim))  # of the pre-training, never used
         self.enc_blocks = nn.ModuleList(
             EncoderBlock(c.enc_embed_dim, c.enc_num_heads, c.mlp_ratio) for _ in range(c.enc_depth)
@@ -129,7 +139,8 @@ class Dust3r(nn.Module):
             raise ValueError(f"image sides must be multiples of {patch}, got {h}x{w}")
         grid = h // patch, w // patch
         rope = rope_of_grid(*grid, self.config.enc_embed_dim // self.config.enc_num_heads, image.device)
-        x = self._stream(self.patch_embed(image))
+        x = self.patch_embed(image)
+        x = self._stream(x if self.stem is None else x + self.stem(image))
         for block in self.enc_blocks:
             x = block(x, rope)
         return Tokens(self.enc_norm(x), grid)
@@ -201,9 +212,12 @@ def _initialize(model: Dust3r) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     nn.init.xavier_uniform_(model.patch_embed.proj.weight.view(model.config.enc_embed_dim, -1))
     nn.init.zeros_(model.patch_embed.proj.bias)
+    if model.stem is not None:
+        nn.init.zeros_(model.stem.proj.weight)
     for head in (model.downstream_head1, model.downstream_head2):
         if isinstance(head, LinearHead):
             nn.init.normal_(head.proj.weight, std=0.02)

@@ -58,8 +58,8 @@ class LoopConfig:
     """Weight of the loss that makes encoded tokens of the same place alike; 0: without."""
     log_space: bool = False
     """Distances by their logarithm in the loss, so that a far background does not outweigh what is near."""
-    rays: float = 0.0
-    """Weight of the loss on the directions from the true cameras to the predicted points; 0: without."""
+    pose: float = 0.0
+    """Weight of the loss on where the predicted points put the cameras; 0: without."""
     confidence_alpha: float = 0.2
     seed: int = 0
     save_minutes: float = 2.0

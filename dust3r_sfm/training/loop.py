@@ -182,7 +182,8 @@ class _Progress:
         self.trainer.history.append(row)
         self.write(
             f"{elapsed:6.2f} min {pairs / 1e6:7.3f} M pairs {speed:7.0f} pairs/s  error {means[0]:.4f} {means[1]:.4f}"
-            f"  log C {means[2]:.3f}, apart {means[3]:.3f}  matching {means[4]:.3f}  |g| {means[5]:.3f}"
+            f"  log C {means[2]:.3f}, apart {means[3]:.3f}  pose {means[4]:.3f}  matching {means[5]:.3f}"
+            f"  |g| {means[6]:.3f}"
         )
         self._restart()
 

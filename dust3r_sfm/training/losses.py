@@ -46,22 +46,78 @@ def log_space_error(
     return (compressed[0] - compressed[1]).norm(dim=-1)
 
 
-def ray_error(
+def pose_error(
     predicted: Float[Tensor, "b 2 h w 3"],
     truth: Float[Tensor, "b 2 h w 3"],
     valid: Bool[Tensor, "b 2 h w"],
+    confidence: Float[Tensor, "b 2 h w"],
     center1_in_cam0: Float[Tensor, "b 3"],
-) -> Float[Tensor, "b 2 h w"]:
-    """How far the directions from each view's true camera to its predicted points are off, in radians where small.
+) -> Float[Tensor, "b 2"]:
+    """How far each view's camera is off where its predicted points put it: radians, plus distance over the baseline.
 
-    Of view 0 it says what the focal length will be, of view 1 what the pose will be: an error in depth along a ray
-    costs nothing. Scales are matched as in `regression_error`.
+    The first step of Gauss and Newton from the true pose, in which an error in depth along a pixel's ray costs nothing:
+    with true intrinsics, directions from the camera to the points must be those of the pixels, each as important as
+    its confidence. Scales are matched as in `regression_error`. A step is linear in the predicted points. View 0's
+    camera is at the origin; where it is found elsewhere, the focal length is wrong.
     """
     scale, true_scale = mean_distance(predicted, valid), mean_distance(truth, valid)
-    origins = torch.stack([torch.zeros_like(center1_in_cam0), center1_in_cam0], 1)[:, :, None, None] / true_scale
-    rays = [points - origins for points in (predicted / scale, truth / true_scale)]
-    directions = [x / x.norm(dim=-1, keepdim=True).clamp(min=1e-3) for x in rays]
-    return (directions[0] - directions[1]).norm(dim=-1)
+    centers = torch.stack([torch.zeros_like(center1_in_cam0), center1_in_cam0], 1) / true_scale[:, :, 0, 0]
+    points, true_points = (
+        (x - centers[:, :, None, None]).flatten(2, 3) for x in (predicted / scale, truth / true_scale)
+    )
+    true_points = torch.where(valid.flatten(2)[..., None], true_points, 1.0)
+    distance = true_points.norm(dim=-1, keepdim=True).clamp(min=0.05)
+    weights = torch.where(valid, confidence.detach(), 0.0).flatten(2)[..., None]
+    weights = weights / weights.sum(2, keepdim=True).clamp(min=1e-6)
+    moved, turned = _pose_step(true_points / distance, points / distance, 1 / distance, weights)
+    baseline = centers[:, 1:].norm(dim=-1)
+    return moved.norm(dim=-1) / (baseline + 0.2) + turned.norm(dim=-1)
+
+
+def _pose_step(
+    directions: Float[Tensor, "b 2 n 3"],
+    points: Float[Tensor, "b 2 n 3"],
+    nearness: Float[Tensor, "b 2 n 1"],
+    weights: Float[Tensor, "b 2 n 1"],
+) -> tuple[Float[Tensor, "b 2 3"], Float[Tensor, "b 2 3"]]:
+    """Shift and turn of a camera by which its rays hit the points best; both are over the points' distance here.
+
+    Normal equations of 6 unknowns by blocks of 3, damped where shift and turn look alike.
+    """
+    across = points - (points * directions).sum(-1, keepdim=True) * directions
+    eye = torch.eye(3, device=points.device)
+    projector = eye - directions[..., None] * directions[..., None, :]
+    shift_shift = (weights[..., None] * nearness[..., None] ** 2 * projector).sum(2)
+    turn_turn = (weights[..., None] * projector).sum(2)
+    # a turn w moves a ray d by w x d; d x (P a) = d x a, so the mixed block is that of -[d]x
+    shift_turn = _cross_matrix((weights * nearness * directions).sum(2)).neg()
+    shift_right = (weights * nearness * across).sum(2)
+    turn_right = (weights * torch.linalg.cross(directions, across)).sum(2)
+    trace = shift_shift.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    turn_inverse = _inverse(turn_turn + 1e-4 * eye)
+    mixed = _times(shift_turn, turn_inverse)
+    schur = shift_shift - _times(mixed, shift_turn.mT) + (0.01 * trace + 1e-6) * eye
+    moved = _times(_inverse(schur), shift_right[..., None] - _times(mixed, turn_right[..., None]))
+    turned = _times(turn_inverse, turn_right[..., None] - _times(shift_turn.mT, moved))
+    return moved[..., 0], turned[..., 0]
+
+
+def _times(a: Float[Tensor, "*b r 3"], b: Float[Tensor, "*b 3 c"]) -> Float[Tensor, "*b r c"]:
+    """A product of small matrices in full precision, whatever autocast does to others."""
+    return (a[..., None] * b[..., None, :, :]).sum(-2)
+
+
+def _cross_matrix(v: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3 3"]:
+    x, y, z = v.unbind(-1)
+    zero = torch.zeros_like(x)
+    return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+
+
+def _inverse(m: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b 3 3"]:
+    """By cofactors: nothing that a captured graph cannot hold."""
+    a, b, c = m.unbind(-2)
+    columns = torch.stack([torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], -1)
+    return columns / (a * columns[..., 0]).sum(-1)[..., None, None]
 
 
 def masked_mean(values: Float[Tensor, "b *n"], valid: Bool[Tensor, "b *n"]) -> Float[Tensor, ""]:

@@ -17,7 +17,7 @@ from dust3r_sfm.training.losses import (
     confidence_loss,
     log_space_error,
     masked_mean,
-    ray_error,
+    pose_error,
     regression_error,
     stack_prediction,
     token_matching_loss,
@@ -25,9 +25,9 @@ from dust3r_sfm.training.losses import (
 from dust3r_sfm.training.optimizer import Optimizer
 from dust3r_sfm.training.world import Dice
 
-REPORT = ("error0", "error1", "log_confidence", "log_confidence_apart", "matching")
-"""What a step says: mean errors of view 0 and 1, mean log confidence of pairs and of photos of two worlds, and the
-matching loss."""
+REPORT = ("error0", "error1", "log_confidence", "log_confidence_apart", "pose", "matching")
+"""What a step says: mean errors of view 0 and 1, mean log confidence of pairs and of photos of two worlds, the error of
+the poses (0 where it does not count), and the matching loss."""
 
 
 def objective(
@@ -37,10 +37,10 @@ def objective(
     apart: Bool[Tensor, " d"],
     centers: Float[Tensor, "d 3"],
     alpha: float,
-    rays: float = 0.0,
+    pose: float = 0.0,
     log_space: bool = False,
-) -> tuple[Float[Tensor, ""], Float[Tensor, " 4"]]:
-    """The confidence-aware loss with `rays` times that of directions, and the first four of REPORT.
+) -> tuple[Float[Tensor, ""], Float[Tensor, " 5"]]:
+    """The confidence-aware loss with `pose` times that of poses, and the first five of REPORT.
 
     Every pixel of photos of two worlds counts as one that is wrong by as much as the scene is far: no coordinates are
     learned there, only that the confidence is low.
@@ -50,13 +50,15 @@ def objective(
     alien = apart[:, None, None, None].expand_as(valid)
     known = valid & ~alien
     loss = confidence_loss(torch.where(alien, 1.0, error), confidence, valid | alien, alpha)
-    if rays:
-        directions = ray_error(predicted, truth, valid, centers)
-        loss = loss + rays * (masked_mean(directions[:, 0], known[:, 0]) + masked_mean(directions[:, 1], known[:, 1]))
+    poses = loss.new_zeros(())
+    if pose:
+        errors = pose_error(predicted, truth, valid, confidence, centers).sum(-1)
+        poses = masked_mean(errors, ~apart & valid.flatten(1).any(1))
+        loss = loss + pose * poses
     log_confidence = confidence.log()
     report = [masked_mean(error[:, k], known[:, k]) for k in (0, 1)]
     report += [masked_mean(log_confidence, where) for where in (known, alien)]
-    return loss, torch.stack(report).detach()
+    return loss, torch.stack([*report, poses]).detach()
 
 
 def _one_row(values: Tensor, dim: int) -> Tensor:
@@ -65,7 +67,7 @@ def _one_row(values: Tensor, dim: int) -> Tensor:
 
 def pair_loss(
     model: nn.Module, matcher: nn.Module, batch: Batch, config: LoopConfig, objective: Callable = objective
-) -> tuple[Float[Tensor, ""], Float[Tensor, " 5"]]:
+) -> tuple[Float[Tensor, ""], Float[Tensor, " 6"]]:
     """The whole loss, both directions from one encoding; and REPORT."""
     b = len(batch.images)
     tokens = model.encode(batch.images.transpose(0, 1).flatten(0, 1))
@@ -77,7 +79,7 @@ def pair_loss(
     maps = (getattr(prediction, field.name) for field in dataclasses.fields(prediction))
     prediction = PairPrediction(*(_one_row(values, 1) for values in maps))
     truth, valid = _one_row(batch.truth, 2), _one_row(batch.valid, 2)
-    settings = config.confidence_alpha, config.rays, config.log_space
+    settings = config.confidence_alpha, config.pose, config.log_space
     loss, report = objective(prediction, truth, valid, batch.apart, batch.centers, *settings)
     matching = loss.new_zeros(())
     if config.matching:
@@ -116,7 +118,7 @@ class Engine:
     def make(self, size: tuple[int, int]) -> Batch:
         return make_batch(self.dice, self.config.batch_of(size), size, self.source, self.config)
 
-    def learn(self, batch: Batch) -> Float[Tensor, " 5"]:
+    def learn(self, batch: Batch) -> Float[Tensor, " 6"]:
         """Fills the optimizer's gradient; returns REPORT."""
         with _tensor_float32(self.cuda):  # for the network alone: the truth is worth all its digits
             with torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if self.cuda else nullcontext():
@@ -153,7 +155,7 @@ class Step:
         if engine.cuda:
             self.graph, self.report = capture(self._run, engine.pool, engine.dice)
 
-    def _run(self) -> Float[Tensor, " 5"]:
+    def _run(self) -> Float[Tensor, " 6"]:
         return self.engine.learn(self.engine.make(self.size))
 
     def prepare(self) -> None:
@@ -162,7 +164,7 @@ class Step:
     def fetch(self) -> None:
         """Called right before the step."""
 
-    def __call__(self) -> Float[Tensor, " 5"]:
+    def __call__(self) -> Float[Tensor, " 6"]:
         """Fills the optimizer's gradient; the report is overwritten by the next call."""
         if self.graph is None:
             return self._run()
@@ -204,7 +206,7 @@ class OverlappedStep:
         self.current.copy_from(self.slot)
         self.taken.record()
 
-    def __call__(self) -> Float[Tensor, " 5"]:
+    def __call__(self) -> Float[Tensor, " 6"]:
         if self.graph is None:
             return self.engine.learn(self.current)
         self.graph.replay()

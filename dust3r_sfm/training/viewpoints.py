@@ -93,6 +93,13 @@ def _second(dice: Dice, world: World, pose0: Tensor, subject0: Tensor, fov0: Ten
     return chosen, (fov0[:, None] * zoom).clamp(0.27, 1.95)
 
 
+def _fields_of_view(dice: Dice, b: int) -> Float[Tensor, " b"]:
+    """In radians: most as of a phone or a camera's normal zoom, the others from 18 to 105 degrees."""
+    anything = dice.uniform(b, low=math.log(math.radians(18)), high=math.log(math.radians(105))).exp()
+    usual = (math.log(math.radians(58)) + 0.22 * dice.normal(b)).exp().clamp(0.5, 1.8)
+    return torch.where(dice.chance(0.6, b), usual, anything)
+
+
 def cameras_from(
     pose: Float[Tensor, "*b 3 4"], fov: Float[Tensor, "*b"], height: int, width: int, shift: Tensor | None = None
 ) -> Float[Tensor, "*b 16"]:
@@ -151,7 +158,7 @@ def sample_cameras(
     jitter = 0.2 * (place - subject).norm(dim=-1, keepdim=True) * dice.normal(b, n, 3)
     roll = torch.where(dice.chance(0.1, b, n), 0.8, 0.07) * dice.normal(b, n)
     pose0 = look_at(place, subject + 0.5 * jitter, roll)
-    fov0 = dice.uniform(b, low=math.log(math.radians(18)), high=math.log(math.radians(105))).exp()
+    fov0 = _fields_of_view(dice, b)
     lh, lw = (LOW, LOW * width // height) if height <= width else (LOW * height // width, LOW)
     small = cameras_from(pose0, fov0[:, None].expand(b, n), lh, lw)
     depth = render_depth(world.primitives, world.lights, small, lh, lw)

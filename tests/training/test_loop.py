@@ -85,7 +85,7 @@ def test_both_directions_of_a_pair_are_trained(textures):
 
 
 @pytest.mark.parametrize(
-    "options", [{"portrait": 1.0}, {"rays": 0.5, "log_space": True}, {"matching": 0.0}, {"muon": False}, {"samples": 2}]
+    "options", [{"portrait": 1.0}, {"pose": 0.5, "log_space": True}, {"matching": 0.0}, {"muon": False}, {"samples": 2}]
 )
 def test_other_ways_to_train_run_too(textures, options):
     run_ = trainer(textures, max_steps=2, log_steps=1, **options)
@@ -216,7 +216,7 @@ def test_a_step_never_waits_for_the_device(textures):
     cameras = zip(rooms.views, rooms.depth, rooms.K, rooms.cam_from_world, strict=True)
     views = [DepthView(name=v.name, image=v.image, depth=d, K=K, cam_from_world=T) for v, d, K, T in cameras]
     source = Source(textures, make_scene_pairs([views], "cpu"))
-    config = LoopConfig(**SHORT | {"batch": 4, "apart_share": 0.5, "rays": 0.5, "log_space": True})
+    config = LoopConfig(**SHORT | {"batch": 4, "apart_share": 0.5, "pose": 0.5, "log_space": True})
     run_ = Trainer(Dust3r(TINY), source, config)
     run_.engine.learn(run_.engine.make((32, 48)))  # what is made once is made before the capture
     with Waits() as waits:

@@ -13,7 +13,7 @@ from dust3r_sfm.training.losses import (
     log_space_error,
     masked_mean,
     mean_distance,
-    ray_error,
+    pose_error,
     regression_error,
     stack_prediction,
     token_matching_loss,
@@ -176,33 +176,68 @@ def test_tokens_without_a_partner_do_not_count():
     assert token_matching_loss(a, b, torch.full((1, 6), -100)) == 0
 
 
-def test_directions_are_seen_from_each_camera_and_depth_along_them_is_free():
+def seen_by_two_cameras(b=2):
+    """Points of both views in camera 0's frame, each before its own camera; validity, confidence, camera 1's place."""
     g = torch.Generator().manual_seed(0)
-    truth = torch.randn((3, 2, 6, 8, 3), generator=g) + torch.tensor([0.0, 0.0, 6.0])
-    centers = torch.randn((3, 3), generator=g)
-    valid = torch.ones(truth.shape[:-1], dtype=torch.bool)
-    assert ray_error(4.0 * truth, truth, valid, centers).max() < 1e-5  # whatever the scale
-    origins = torch.stack([torch.zeros(3, 3), centers], 1)[:, :, None, None]
-    stretch = 1 + 0.3 * torch.rand(valid.shape, generator=g)[..., None]
+    ahead = torch.randn((b, 2, 6, 8, 3), generator=g) + torch.tensor([0.0, 0.0, 6.0])
+    centers = torch.randn((b, 3), generator=g)
+    truth = ahead.clone()
+    truth[:, 1] += centers[:, None, None]
+    return truth, torch.ones(truth.shape[:-1], dtype=torch.bool), torch.ones(truth.shape[:-1]), centers
+
+
+def test_points_that_slide_along_their_pixels_rays_leave_the_poses_right():
+    truth, valid, confidence, centers = seen_by_two_cameras()
+    assert pose_error(4.0 * truth, truth, valid, confidence, centers).max() < 1e-4  # whatever the scale
+    stretch = 1 + 0.2 * torch.rand(valid.shape, generator=torch.Generator().manual_seed(1))[..., None]
+    origins = torch.stack([torch.zeros_like(centers), centers], 1)[:, :, None, None]
     along = origins + stretch * (truth - origins)
-    along_scaled = along * mean_distance(truth, valid) / mean_distance(along, valid)
-    own = ray_error(along, truth, valid, centers)
-    assert own[:, 0].max() < 1e-5  # of view 0 depth is free; view 1's camera moves with the scale that is wrong
-    assert regression_error(along_scaled, truth, valid).mean() > 0.02
-    angle = torch.tensor(0.01)
-    turn = torch.tensor([[angle.cos(), 0, angle.sin()], [0, 1, 0], [-angle.sin(), 0, angle.cos()]])
-    upright = truth.clone()
-    upright[..., 1] = 0.0  # at right angles to the axis
-    centers[:, 1] = 0.0
-    turned = torch.stack([upright[:, 0], centers[:, None, None] + (upright[:, 1] - centers[:, None, None]) @ turn.T], 1)
-    # the mean distance hardly changes, so every direction of view 1 is off by the angle
-    assert torch.allclose(ray_error(turned, upright, valid, centers)[:, 1], angle, rtol=0.15)
+    errors = pose_error(along, truth, valid, confidence, torch.zeros_like(centers))
+    assert errors[:, 0].max() < 1e-4
+    assert regression_error(along, truth, valid).mean() > 0.02
 
 
-def test_directions_have_finite_gradients_at_the_camera():
-    predicted = torch.zeros((1, 2, 2, 2, 3), requires_grad=True)
-    truth, valid = torch.ones((1, 2, 2, 2, 3)), torch.ones((1, 2, 2, 2), dtype=torch.bool)
-    ray_error(predicted, truth, valid, torch.zeros(1, 3)).sum().backward()
+def test_a_small_motion_of_the_points_is_found_as_the_cameras():
+    truth, valid, confidence, centers = seen_by_two_cameras()
+    scale = mean_distance(truth, valid)[:, 0, 0, 0]
+    shift = torch.tensor([0.002, -0.001, 0.003])
+    moved = truth.clone()
+    moved[:, 1] += (shift * scale)[:, None, None]
+    errors = pose_error(moved, truth, valid, confidence, centers)
+    expected = shift.norm() / ((centers / scale).norm(dim=-1) + 0.2)
+    assert errors[:, 0].max() < 2e-3  # but for the scale, which the shift changed a little
+    assert torch.allclose(errors[:, 1], expected, rtol=0.35)  # damped, and the scale is both views'
+    angle = 0.004
+    turn = torch.tensor([[1, 0, angle], [0, 1, 0], [-angle, 0, 1.0]])
+    turned = truth.clone()
+    origins = centers[:, None, None]
+    turned[:, 1] = (truth[:, 1] - origins) @ turn.T + origins
+    assert torch.allclose(pose_error(turned, truth, valid, confidence, centers)[:, 1], torch.tensor(angle), rtol=0.2)
+
+
+def test_points_of_a_wrong_focal_length_put_the_first_camera_elsewhere():
+    truth, valid, confidence, centers = seen_by_two_cameras()
+    deeper = truth * torch.tensor([1.0, 1.0, 1.1])
+    assert pose_error(deeper, truth, valid, confidence, centers)[:, 0].min() > 0.05
+
+
+def test_points_that_are_not_believed_or_not_valid_do_not_move_a_camera():
+    truth, valid, confidence, centers = seen_by_two_cameras()
+    wrong = truth.clone()
+    wrong[:, :, 0] *= torch.tensor([1.0, 3.0, 1.0])
+    confidence[:, :, 0] = 1e-6
+    believed = pose_error(wrong, truth, valid, torch.ones_like(confidence), centers)
+    assert pose_error(wrong, truth, valid, confidence, centers).max() < 0.2 * believed.min()  # the scale alone is off
+    valid[:, :, 0] = False
+    assert pose_error(wrong, truth, valid, confidence, centers).max() < 1e-4
+
+
+@pytest.mark.parametrize("case", ["nothing is valid", "the prediction is the truth", "all points are the camera"])
+def test_poses_have_finite_gradients(case):
+    truth, valid, confidence, centers = seen_by_two_cameras()
+    valid = valid & (case != "nothing is valid")
+    predicted = (0.0 * truth if case == "all points are the camera" else truth.clone()).requires_grad_()
+    pose_error(predicted, truth, valid, confidence, centers).sum().backward()
     assert predicted.grad.isfinite().all()
 
 
