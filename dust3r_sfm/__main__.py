@@ -32,6 +32,7 @@ COMMANDS = {
     "export-scene": "Write an aligned scene as COLMAP models and a point cloud.",
     "view": "Look at a reconstruction in the browser, or make one file of it that opens anywhere.",
     "localize": "Find the poses of photos in a reconstruction or any COLMAP model.",
+    "match-queries": "Add photos to hloc's files of a reconstruction, for its own localisation.",
     "evaluate": "Compare poses with a reference.",
     "evaluate-localization": "Localise each photo of posed scenes in the others and compare with its pose.",
     "evaluate-pairs": "Compare the network's predictions with the poses of reference pairs.",

@@ -31,9 +31,8 @@ def exact(monkeypatch):
         )
 
     def predict(self, pairs, bar):
-        for (name0, name1), prediction in scene.predictions.items():
-            if (pair := (renamed[name0], renamed[name1])) in pairs:
-                yield Pair(*pair), prediction
+        named = {Pair(renamed[p.name0], renamed[p.name1]): prediction for p, prediction in scene.predictions.items()}
+        return {pair: named[pair] for pair in pairs}
 
     monkeypatch.setattr(demo, "demo_views", demo_views)
     monkeypatch.setattr(import_module("dust3r_sfm.infer_pairs").PairNetwork, "predict", predict)

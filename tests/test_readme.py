@@ -79,9 +79,8 @@ def folder(scene, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "SHIPPED", tiny)
 
     def predict(self, pairs, bar):
-        for pair in pairs:
-            i, j = (int(re.findall(r"\d+", name)[-1]) for name in pair)
-            yield pair, scene.predictions[Pair(scene.names[i], scene.names[j])]
+        indices = {pair: (int(re.findall(r"\d+", name)[-1]) for name in pair) for pair in pairs}
+        return {pair: scene.predictions[Pair(*(scene.names[i] for i in ij))] for pair, ij in indices.items()}
 
     monkeypatch.setattr(import_module("dust3r_sfm.infer_pairs").PairNetwork, "predict", predict)
     return tmp_path
@@ -118,7 +117,8 @@ def test_every_command_runs_and_writes_what_the_readme_says(folder, scene, monke
         *("out/sparse/0/cameras.bin", "out/database.db", "out/points.ply", "out/report.html", "out/pair_graph.html"),
         *("out/summary.json", "out/scene.html", "out/nerfstudio/transforms.json", "out/nerfstudio/images_2"),
         *("out/gsplat/sparse/0/images.bin", "out/gsplat/images_4", "out/dense/stereo/fusion.cfg"),
-        *("out/hloc/feats.h5", "out/hloc/global-feats.h5", "frames/frame_00002.jpg", "work/pairs.txt"),
+        *("out/hloc/feats.h5", "out/hloc/global-feats.h5", "out/hloc/pairs-queries.txt"),
+        *("frames/frame_00002.jpg", "work/pairs.txt"),
         *("out_python/sparse/0/points3D.bin", "out_hloc/sparse/0/images.bin", "out_more/sparse/0"),
     ]
     for path in written:

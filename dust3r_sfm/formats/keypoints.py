@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64, UInt32
+from scipy.spatial import cKDTree
 
 from dust3r_sfm.pairs import Matches, Pair
 from dust3r_sfm.scene import Scene
@@ -64,6 +65,35 @@ def index_matches(
     return IndexedMatches(
         keypoints, keypoint_scores, dict(zip(pairs, indices, strict=True)), dict(zip(pairs, match_scores, strict=True))
     )
+
+
+def index_onto(
+    matches: Mapping[Pair, Matches], fixed: Mapping[str, Float[np.ndarray, "_k 2"]], cell_px: float
+) -> IndexedMatches:
+    """Matches of new images, each pair's first, with images whose keypoints are `fixed`, which have no others.
+
+    A match ends in the nearest fixed keypoint, at most `cell_px` away, else it is left out. New images
+    share keypoints by cells, as in `index_matches`. The keypoints are those of the new images alone.
+    """
+    trees = {name: cKDTree(xy) for name, xy in fixed.items() if len(xy)}
+    new: dict[str, list[tuple[Pair, np.ndarray, np.ndarray, np.ndarray]]] = {}
+    for pair, found in matches.items():
+        xy0, xy1, scores = (a.detach().cpu().numpy() for a in (found.keypoints0, found.keypoints1, found.scores))
+        distance, nearest = np.full(len(xy1), np.inf), np.zeros(len(xy1), np.int64)
+        if pair.name1 in trees and len(xy1):
+            distance, nearest = trees[pair.name1].query(xy1)
+        near = distance <= cell_px
+        new.setdefault(pair.name0, []).append((pair, xy0[near], nearest[near], scores[near].astype(np.float32)))
+    result = IndexedMatches({}, {}, {}, {})
+    for name, members in new.items():
+        xy, scores = (np.concatenate([m[k] for m in members]).astype(np.float32) for k in (1, 3))
+        result.keypoints[name], result.scores[name], index = _gather(xy, scores, 0, cell_px)
+        ends = np.cumsum([len(m[3]) for m in members])[:-1]
+        for (pair, _, nearest, own), part in zip(members, np.split(index, ends), strict=True):
+            rows = np.stack([part, nearest], axis=1).astype(np.uint32)
+            kept = _best_of_each(rows, own)
+            result.indices[pair], result.match_scores[pair] = rows[kept], own[kept]
+    return result
 
 
 def index_scenes(scenes: Sequence[Scene], matches: Mapping[Pair, Matches] | None) -> IndexedMatches:

@@ -4,13 +4,15 @@ import dataclasses
 
 import h5py
 import numpy as np
+import pycolmap
 import pytest
 import torch
 from aligned import true_scene
 from procedural import STORED_PER_NET, make_scene
 
 from dust3r_sfm.errors import InputError
-from dust3r_sfm.formats.hloc import write_hloc
+from dust3r_sfm.formats.colmap import colmap_from_scene
+from dust3r_sfm.formats.hloc import add_queries, list_references, write_hloc
 from dust3r_sfm.match_dense import match_dense
 from dust3r_sfm.pairs import Matches, Pair
 
@@ -121,14 +123,9 @@ def test_gathered_keypoints_are_few_and_make_tracks_through_many_images(folder, 
     assert (lengths == 4).sum() > 100
 
 
-def test_calibrated_geometries_of_these_files_triangulate_to_the_scene(folder, procedural, tmp_path):
-    """What hloc's triangulation does: keypoints plus a half into a database, matches, known poses."""
-    import pycolmap
-
-    from dust3r_sfm.formats.colmap import colmap_from_scene
-
-    model = colmap_from_scene(true_scene(procedural))
-    database = pycolmap.Database.open(str(tmp_path / "database.db"))
+def hloc_s_triangulation(model, folder, work):
+    """Keypoints plus a half into a database, matches, known poses: of the images of a model, in hloc's order."""
+    database = pycolmap.Database.open(str(work / "database.db"))
     for camera in model.cameras.values():
         database.write_camera(camera, use_camera_id=True)
         database.write_rig(model.rigs[camera.camera_id], use_rig_id=True)
@@ -148,10 +145,77 @@ def test_calibrated_geometries_of_these_files_triangulate_to_the_scene(folder, p
     database.close()
     pycolmap.logging.minloglevel = 2
     options = pycolmap.IncrementalPipelineOptions({"extract_colors": False})
-    found = pycolmap.triangulate_points(model, tmp_path / "database.db", tmp_path, tmp_path, options=options)
+    return pycolmap.triangulate_points(model, work / "database.db", work, work, options=options)
+
+
+def test_calibrated_geometries_of_these_files_triangulate_to_the_scene(folder, procedural, tmp_path):
+    found = hloc_s_triangulation(colmap_from_scene(true_scene(procedural)), folder, tmp_path)
     assert found.num_points3D() > 500
     assert found.compute_mean_track_length() > 2.5
     assert found.compute_mean_reprojection_error() < 2
+
+
+def hloc_s_localisation(model, folder, query, images, camera):
+    """Pixels of a query that match points of a model, as hloc's localize_sfm gathers them, and the pose that fits."""
+    keypoints, found = read_keypoints(folder / "feats.h5", query)[0] + 0.5, {}
+    by_name = {image.name: image for image in model.images.values()}
+    for name in images:
+        ids = np.array([p.point3D_id if p.has_point3D() else -1 for p in by_name[name].points2D])
+        index, _ = read_pair(folder / "matches.h5", query, name)
+        found |= {(i, ids[j]): None for i, j in index.tolist() if ids[j] != -1}
+    pixels = np.array([keypoints[i] for i, _ in found])
+    points = np.array([model.points3D[point].xyz for _, point in found])
+    options = pycolmap.AbsolutePoseEstimationOptions({"ransac": {"max_error": 12.0, "random_seed": 0}})
+    answer = pycolmap.estimate_and_refine_absolute_pose(pixels, points, camera, estimation_options=options)
+    return answer["cam_from_world"].matrix(), answer["num_inliers"], len(found)
+
+
+@pytest.fixture
+def with_query(procedural, matches, tmp_path):
+    """hloc's files of all photos but the third, a model made of them, and the third and its matches with the others."""
+    query, *others = [procedural.views[i] for i in (2, 0, 1, 3)]
+    write_hloc(others, matches, tmp_path)
+    names = [view.name for view in others]
+    tensors = {f: getattr(procedural, f)[[0, 1, 3]] for f in ("K", "cam_from_world")}
+    lists = {f: [getattr(procedural, f)[i] for i in (0, 1, 3)] for f in ("depth", "points_in_world")}
+    known = colmap_from_scene(true_scene(dataclasses.replace(procedural, views=others, **tensors, **lists)))
+    model = hloc_s_triangulation(known, tmp_path, tmp_path)
+    found = {Pair(query.name, name): None for name in names}
+    for pair, m in matches.items():
+        if query.name in pair:
+            turned = Matches(m.keypoints1, m.keypoints0, m.scores)
+            found[pair if pair.name0 == query.name else pair.reversed()] = m if pair.name0 == query.name else turned
+    return query, others, model, found
+
+
+def test_a_query_added_to_these_files_is_where_hloc_s_localisation_finds_it(procedural, with_query, tmp_path):
+    query, others, model, found = with_query
+    before = {name: (tmp_path / name).stat().st_size for name in ("feats.h5", "matches.h5")}
+    keypoints = read_keypoints(tmp_path / "feats.h5", others[0].name)[0]
+    counts = add_queries([query], others, found, tmp_path)
+    again = add_queries([query], others, found, tmp_path)
+    assert counts == again
+    np.testing.assert_array_equal(read_keypoints(tmp_path / "feats.h5", others[0].name)[0], keypoints)
+    assert list_references(tmp_path / "feats.h5") == [view.name for view in others]
+    assert all((tmp_path / name).stat().st_size > size for name, size in before.items())
+    camera = pycolmap.Camera(model="PINHOLE", width=1, height=1, params=[1, 1, 0, 0])
+    camera.width, camera.height = query.original_size
+    K = STORED_PER_NET * procedural.K[2].double().numpy()
+    camera.params = [K[0, 0], K[1, 1], K[0, 2], K[1, 2]]
+    pose, inliers, gathered = hloc_s_localisation(model, tmp_path, query.name, [v.name for v in others], camera)
+    truth = procedural.cam_from_world[2].double().numpy()
+    assert inliers > max(200, 0.8 * gathered)
+    np.testing.assert_allclose(pose[:, :3], truth[:3, :3], atol=0.01)
+    np.testing.assert_allclose(pose[:, 3], truth[:3, 3], atol=0.03)
+
+
+def test_a_query_that_is_one_of_the_images_is_refused_and_nothing_changes(with_query, tmp_path):
+    query, others, _, found = with_query
+    before = [(tmp_path / name).read_bytes() for name in ("feats.h5", "matches.h5")]
+    taken = dataclasses.replace(query, name=others[1].name)
+    with pytest.raises(InputError, match="is one of the reference's images"):
+        add_queries([taken], others[:1], {Pair(taken.name, others[0].name): next(iter(found.values()))}, tmp_path)
+    assert [(tmp_path / name).read_bytes() for name in ("feats.h5", "matches.h5")] == before
 
 
 def test_names_that_hloc_cannot_hold_are_refused(procedural, tmp_path):
