@@ -307,9 +307,10 @@ def _align(
 ) -> list[Scene]:
     """Aligned scenes; those of an earlier run where nothing that they depend on has changed."""
     keys = prediction_keys(network, views, list(predictions)).values()
-    known = [(view.name, view.known_K, view.known_cam_from_world, view.lens) for view in views]
+    known = [(v.name, v.known_K, v.known_cam_from_world, v.lens, v.known_position, v.position_sigma) for v in views]
     masks = [b"" if view.mask is None else view.mask.cpu().numpy().tobytes() for view in views]
     known = repr([[x.tolist() if isinstance(x, torch.Tensor) else x for x in k] for k in known])
+    known += repr([view.focal_sigma for view in views])
     key = hash_of(repr(config.align), known, *masks, *keys)
     path, done = output / "aligned.h5", output / ".aligned.json"
     if path.is_file() and done.is_file() and json.loads(done.read_text()) == key:

@@ -258,7 +258,7 @@ def _anchored(models: Sequence[Model], views: Sequence[View], config: RefineConf
         return list(models), in_frame
     result = []
     for model in models:
-        found = anchored(model.reconstruction, positions, config, known.intrinsics)
+        found = anchored(model.reconstruction, positions, config, known.intrinsics, known.focal_priors)
         if found is not None:
             in_frame |= model.names
             model = Model(model.origin, found, support(found, config))  # noqa: PLW2901

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dust3r_sfm.alignment import initialization
+from dust3r_sfm.alignment.anchoring import positions_of
+from dust3r_sfm.alignment.bending import drawn_to_positions
 from dust3r_sfm.alignment.cameras import Cameras, cameras_of_views
 from dust3r_sfm.alignment.chaining import start_pairs
-from dust3r_sfm.alignment.clusters import align_in_clusters
+from dust3r_sfm.alignment.clusters import AlignClusters, Cluster, align_in_clusters
 from dust3r_sfm.alignment.dense import fused_depth
 from dust3r_sfm.alignment.initialization import KnownFrame
 from dust3r_sfm.alignment.objective import (
@@ -33,7 +35,7 @@ from dust3r_sfm.alignment.support import judge
 from dust3r_sfm.errors import ReconstructionError
 from dust3r_sfm.geometry.transforms import inverse, rigid_transform, transform_points
 from dust3r_sfm.graph import connected_components
-from dust3r_sfm.pairs import Predictions
+from dust3r_sfm.pairs import Predictions, SomePredictions
 from dust3r_sfm.scene import Scene
 from dust3r_sfm.views import View
 
@@ -69,20 +71,48 @@ def align_components(
 
 
 def iterate_components(
-    views: Sequence[View], predictions: Predictions, config: AlignConfig = AlignConfig()
+    views: Sequence[View],
+    predictions: Predictions,
+    config: AlignConfig = AlignConfig(),
+    align_clusters: AlignClusters | None = None,
 ) -> Iterator[Scene]:
     """A scene for every connected component of two views or more, largest first, each when it is asked for.
 
     Pairs that contradict the rest have no say, and an image that only contradictions place is in no scene: both are
-    named in `Scene.doubts`.
+    named in `Scene.doubts`. Of many images clusters are aligned alone and merged, by `align_clusters` where given.
     Known intrinsics and poses of any of the views are held. Several known places fix world and scale, one known
-    pose fixes the world; else the world is the camera of the image with most pairs, and the median depth is 1.
+    pose fixes the world; else the world is the camera of the image with most pairs, and the median depth is 1, or
+    where three positions or more are known their frame, to which the scene is bent by their standard deviations.
     ReconstructionError where no pair says anything.
     """
-    if len(views) > config.max_cluster and all(view.known_cam_from_world is None for view in views):
-        whole = partial(align_components, config=replace(config, max_cluster=len(views)))
-        yield from align_in_clusters(views, predictions, config.max_cluster, whole)
-        return
+    is_any_posed = any(view.known_cam_from_world is not None for view in views)
+    positions = {} if is_any_posed else positions_of(views)
+    if len(views) <= config.max_cluster or is_any_posed:
+        scenes = _iterate_whole(views, predictions, config)
+    else:
+        align_clusters = align_clusters or partial(_align_here, predictions, config)
+        scenes = align_in_clusters(views, predictions, config.max_cluster, align_clusters)
+    for scene in scenes:
+        yield drawn_to_positions(scene, predictions, positions) if positions else scene
+
+
+def align_cluster(predictions: Predictions, config: AlignConfig, cluster: Cluster) -> list[Scene]:
+    """The scenes of a cluster, in frames of their own; none where its pairs say nothing."""
+    try:
+        return list(_iterate_whole(cluster.views, SomePredictions(predictions, cluster.pairs), config))
+    except ReconstructionError:  # the other clusters may still stand
+        return []
+
+
+def _align_here(
+    predictions: Predictions, config: AlignConfig, clusters: Sequence[Cluster]
+) -> Iterator[tuple[int, list[Scene]]]:
+    for index, cluster in enumerate(clusters):
+        yield index, align_cluster(predictions, config, cluster)
+
+
+def _iterate_whole(views: Sequence[View], predictions: Predictions, config: AlignConfig) -> Iterator[Scene]:
+    """A scene for every component, each aligned as one problem."""
     # Of a great many pairs fewer pixels each say as much, and all fit in memory.
     max_samples = min(config.max_samples, max(MIN_SAMPLES_PER_IMAGE, MAX_SAMPLES_IN_ALL // (2 * len(predictions) + 1)))
     samples = sample_pairs(views, predictions, max_samples)

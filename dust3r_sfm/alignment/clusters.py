@@ -8,7 +8,8 @@ clusters disagree on is spread over the images around their seam.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +22,7 @@ from dust3r_sfm.geometry.averaging import average_similarities, split_similarity
 from dust3r_sfm.geometry.registration import similarity_matrix
 from dust3r_sfm.geometry.transforms import inverse, transform_points
 from dust3r_sfm.graph import DisjointSets, connected_components
-from dust3r_sfm.pairs import Pair, Predictions, SomePredictions
+from dust3r_sfm.pairs import Pair, Predictions
 from dust3r_sfm.scene import Scene
 from dust3r_sfm.views import View
 
@@ -33,28 +34,42 @@ SEAM_TOLERANCES = (0.03, 0.05, 0.1)
 """Radians, logarithms of scales and image units by which single statements may be off and keep a quarter of a say."""
 SEAM_ITERS = 5
 
-Align = Callable[[Sequence[View], Predictions], Sequence[Scene]]
+
+class Cluster(NamedTuple):
+    """Images that are aligned as one problem."""
+
+    views: list[View]
+    pairs: list[Pair]
+    """All of these images."""
 
 
-def align_in_clusters(views: Sequence[View], predictions: Predictions, max_size: int, align: Align) -> Iterator[Scene]:
-    """Scenes of more images than fit into one problem; `align` gives the scenes of some of the images, largest first.
+AlignClusters = Callable[[Sequence[Cluster]], Iterable[tuple[int, Sequence[Scene]]]]
+"""Index and scenes of each cluster, largest scene first, in any order."""
+
+
+def align_in_clusters(
+    views: Sequence[View], predictions: Predictions, max_size: int, align_clusters: AlignClusters
+) -> Iterator[Scene]:
+    """Scenes of more images than fit into one problem.
 
     The world is the first cluster's, scaled so that the median depth is 1.
     """
     by_name = {view.name: view for view in views}
+    pairs_of: dict[str, list[Pair]] = defaultdict(list)
+    for pair in predictions:
+        if pair.name0 in by_name and pair.name1 in by_name:
+            pairs_of[pair.name0].append(pair)
     num_scenes = 0
     for names in connected_components(list(by_name), predictions):
-        parts = []
-        for group in overlapping_clusters(names, [p for p in predictions if p.name0 in by_name], max_size):
+        pairs, clusters = [pair for name in names for pair in pairs_of[name]], []
+        for group in overlapping_clusters(names, pairs, max_size):
             inside = set(group)
-            chosen = [pair for pair in predictions if pair.name0 in inside and pair.name1 in inside]
-            try:
-                parts += align([by_name[name] for name in group], SomePredictions(predictions, chosen))
-            except ReconstructionError:  # the other clusters may still stand
-                continue
-        for joined in _joined_parts(parts):
+            chosen = [pair for name in group for pair in pairs_of[name] if pair.name1 in inside]
+            clusters.append(Cluster([by_name[name] for name in group], chosen))
+        scenes = dict(align_clusters(clusters))
+        for joined in _joined_parts([scene for index in sorted(scenes) for scene in scenes[index]]):
             num_scenes += 1
-            yield merged_scene(joined, list(predictions))
+            yield merged_scene(joined, pairs)
     if not num_scenes:
         raise ReconstructionError(
             f"none of the clusters of {len(views)} images can be aligned: match more images or lower min_confidence"
@@ -189,10 +204,13 @@ def _statements(
         for pair in pairs
         if set(pair) <= index.keys()
     }
-    edges, images, relations = sorted(edges), [], []
+    edges_of: dict[str, list[Pair]] = defaultdict(list)
+    for pair in sorted(edges):
+        edges_of[pair.name0].append(pair)
+    images, relations = [], []
     for part, own in zip(parts, frames, strict=True):
         row = {name: i for i, name in enumerate(part.names)}
-        inside = [pair for pair in edges if pair.name0 in row and pair.name1 in row]
+        inside = [pair for name in part.names for pair in edges_of[name] if pair.name1 in row]
         first, second = ([row[pair[side]] for pair in inside] for side in (0, 1))
         images.append(torch.tensor([[index[pair[side]] for pair in inside] for side in (0, 1)]))
         relations.append(inverse(own[second]) @ own[first])
