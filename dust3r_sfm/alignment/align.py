@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -31,6 +31,7 @@ from dust3r_sfm.alignment.objective import (
 )
 from dust3r_sfm.alignment.observations import Observations, sample_pairs, stack_samples
 from dust3r_sfm.alignment.optimization import minimize_robustly, with_settled_depth
+from dust3r_sfm.alignment.settling import finer_observations, settle
 from dust3r_sfm.alignment.support import judge
 from dust3r_sfm.errors import ReconstructionError
 from dust3r_sfm.geometry.transforms import inverse, rigid_transform, transform_points
@@ -144,8 +145,7 @@ def _align_component(
     """The scene of a component; several where its pairs hold together by contradictions alone."""
     cameras = cameras_of_views(views)
     problem, state, frame = start_component(observations, cameras)
-    problem, state = with_settled_depth(problem, state)
-    problem, state, evaluation = minimize_robustly(problem, state, config.max_iters, config.min_improvement)
+    problem, state, evaluation = optimize(views, predictions, problem, state, config)
     finite = all(x.isfinite().all() for x in (state.world_from_cam, state.focal, state.depth, state.world_from_pair))
     if not finite:
         raise ReconstructionError(
@@ -205,6 +205,20 @@ def start_component(observations: Observations, cameras: Cameras) -> tuple[Probl
     tensors = (x.to(device) for x in (rays, is_free, limits))
     problem = Problem(observations, *tensors, focal_precision=precision.to(device))
     return problem, State(world_from_cam, focal, depth, to_reference @ start.world_from_pair).to(device), frame
+
+
+def optimize(
+    views: Sequence[View], predictions: Predictions, problem: Problem, state: State, config: AlignConfig
+) -> tuple[Problem, State, Evaluation]:
+    """Over a sparse grid of pixels, then settled over a finer one where there is one."""
+    problem, state = with_settled_depth(problem, state)
+    problem, state, evaluation = minimize_robustly(problem, state, config.max_iters, config.min_improvement)
+    fine = finer_observations(views, predictions, problem.observations)
+    if fine is not None:
+        rays = _sampled_rays(fine, cameras_of_views(views)).to(state.depth.device)
+        settled = settle(replace(problem, observations=fine, rays=rays), state)
+        state = replace(settled, depth=state.depth)
+    return problem, state, evaluation
 
 
 def _sampled_rays(observations: Observations, cameras: Cameras) -> Float[Tensor, "n m 3"]:

@@ -26,11 +26,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dust3r_sfm.align_scene import alignment_device
-from dust3r_sfm.alignment.align import AlignConfig, fuse_depths, start_component
+from dust3r_sfm.alignment.align import AlignConfig, fuse_depths, optimize, start_component
 from dust3r_sfm.alignment.cameras import cameras_of_views
 from dust3r_sfm.alignment.objective import Evaluation, Problem, State, evaluate, pair_scales
 from dust3r_sfm.alignment.observations import Observations, sample_pairs, stack_samples
-from dust3r_sfm.alignment.optimization import minimize_robustly, with_settled_depth
 from dust3r_sfm.geometry.camera import pixel_grid
 from dust3r_sfm.geometry.metrics import all_pairs_errors_deg
 from dust3r_sfm.geometry.transforms import inverse, quaternion_from_rotation, rotation_from_quaternion, transform_points
@@ -141,8 +140,7 @@ def _align(views: Sequence[View], predictions: dict[Pair, PairPrediction], confi
     observations = stack_samples(views, sample_pairs(views, predictions, config.max_samples), config.max_samples)
     start_problem, start, _ = start_component(observations, cameras_of_views(views))
     times.append(_now())
-    problem, state = with_settled_depth(start_problem, start)
-    problem, state, evaluation = minimize_robustly(problem, state, config.max_iters, config.min_improvement)
+    problem, state, evaluation = optimize(views, predictions, start_problem, start, config)
     times.append(_now())
     fuse_depths(views, predictions, observations, problem, state, evaluation, _intrinsics(views, state))
     times.append(_now())
