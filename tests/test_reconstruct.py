@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from importlib import import_module
 
 import h5py
@@ -65,9 +66,8 @@ def exact(scene, monkeypatch):
     asked = []
 
     def predict(self, pairs, bar):
-        for pair in pairs:
-            asked.append(pair)
-            yield pair, scene.predictions[pair]
+        asked.extend(pairs)
+        return {pair: scene.predictions[pair] for pair in pairs}
 
     monkeypatch.setattr(inference.PairNetwork, "predict", predict)
     return asked
@@ -75,13 +75,13 @@ def exact(scene, monkeypatch):
 
 @pytest.fixture
 def counted_alignments(monkeypatch):
-    calls, align = [], reconstruct.iterate_components
+    calls, align = [], reconstruct.align_views
 
     def counting(*arguments):
         calls.append(1)
         return align(*arguments)
 
-    monkeypatch.setattr(reconstruct, "iterate_components", counting)
+    monkeypatch.setattr(reconstruct, "align_views", counting)
     return calls
 
 
@@ -141,9 +141,7 @@ def test_a_second_run_predicts_and_aligns_nothing_and_gives_the_same(
     assert [file.read_bytes() for file in files] == first
 
 
-@pytest.mark.parametrize(
-    "stage", ["decide_pairs", "iterate_components", "match_dense", "build_tracks", "export_scenes"]
-)
+@pytest.mark.parametrize("stage", ["decide_pairs", "align_views", "match_dense", "build_tracks", "export_scenes"])
 def test_a_run_interrupted_in_any_stage_continues(image_dir, weights, exact, tmp_path, monkeypatch, stage):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -253,10 +251,8 @@ def test_nothing_to_align_is_said_and_the_summary_still_accounts_for_the_images(
     scene, image_dir, weights, monkeypatch, tmp_path
 ):
     def predict(self, pairs, bar):
-        for pair in pairs:
-            p = scene.predictions[pair]
-            ones = torch.ones_like(p.confidence0)
-            yield pair, PairPrediction(p.pointmap0_in_cam0, 0 * ones, p.pointmap1_in_cam0, 0 * ones)
+        none = {pair: torch.zeros_like(scene.predictions[pair].confidence0) for pair in pairs}
+        return {p: replace(scene.predictions[p], confidence0=zero, confidence1=zero) for p, zero in none.items()}
 
     monkeypatch.setattr(inference.PairNetwork, "predict", predict)
     with pytest.raises(ReconstructionError, match="none of 20 pairs is worth aligning"):
