@@ -42,7 +42,7 @@ def rotate(x: Float[Tensor, "*batch n d"], rope: Rope) -> Float[Tensor, "*batch 
     """Queries or keys turned by their token's position."""
     cos, sin = rope
     partner = x.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
-    if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         # rounding the tables as x is rounded changes nothing that shows, and spares five copies in float32
         return torch.addcmul(x * cos.to(x.dtype), partner, sin.to(x.dtype))
     return (x * cos + partner * sin).to(x.dtype)
