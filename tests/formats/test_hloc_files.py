@@ -131,7 +131,8 @@ def hloc_s_triangulation(model, folder, work):
         database.write_rig(model.rigs[camera.camera_id], use_rig_id=True)
     for i, image in model.images.items():
         database.write_frame(model.frames[i], use_frame_id=True)
-        database.write_image(pycolmap.Image(name=image.name, camera_id=i, image_id=i), use_image_id=True)
+        bare = pycolmap.Image(name=image.name, camera_id=image.camera_id, image_id=i)
+        database.write_image(bare, use_image_id=True)
         database.write_keypoints(i, read_keypoints(folder / "feats.h5", image.name)[0] + 0.5)
     ids = {image.name: i for i, image in model.images.items()}
     for line in (folder / "pairs.txt").read_text().split("\n"):
