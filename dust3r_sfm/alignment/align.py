@@ -100,9 +100,10 @@ def iterate_components(
 def align_cluster(predictions: Predictions, config: AlignConfig, cluster: Cluster) -> list[Scene]:
     """The scenes of a cluster, in frames of their own; none where its pairs say nothing."""
     try:
-        return list(_iterate_whole(cluster.views, SomePredictions(predictions, cluster.pairs), config))
+        scenes = list(_iterate_whole(cluster.views, SomePredictions(predictions, cluster.pairs), config))
     except ReconstructionError:  # the other clusters may still stand
         return []
+    return [replace(scene, views=()) for scene in scenes]
 
 
 def _align_here(
@@ -154,7 +155,8 @@ def _align_component(
         )
     K = cameras.base_K.clone()
     K[:, :2, :2] *= state.focal.cpu()[:, None, None]
-    depth, confidence = fuse_depths(views, predictions, observations, problem, state, evaluation, K)
+    belief = pair_beliefs(problem, evaluation) / pair_scales(state.world_from_pair)
+    depth, confidence = fuse_depths(views, predictions, observations, state, belief, K)
     state = state.to("cpu")
     verdict = judge(observations, evaluation.distances, cameras.is_pose_known)
     scenes = []
@@ -242,15 +244,16 @@ def fuse_depths(
     views: Sequence[View],
     predictions: Predictions,
     observations: Observations,
-    problem: Problem,
     state: State,
-    evaluation: Evaluation,
+    belief: Float[Tensor, " e"],
     K: Float[Tensor, "n 3 3"],
 ) -> tuple[list[Float[Tensor, "_h _w"]], list[Float[Tensor, "_h _w"]]]:
-    """Depth in the aligned world's unit and confidence of every image, one image at a time to save memory."""
+    """Depth in the aligned world's unit and confidence of every image, one image at a time to save memory.
+
+    The depth of least summed distance, in the world's unit, from the pairs' points; `belief` is what each pair counts.
+    """
     from_raw = state.world_from_pair.clone()
     from_raw[:, :3, :3] /= observations.units[:, None, None]
-    belief = pair_beliefs(problem, evaluation) / pair_scales(state.world_from_pair)
     cam_from_world, images, K = inverse(state.world_from_cam), observations.images.cpu(), K.to(from_raw.device)
     depths, confidences = [], []
     for n, view in enumerate(views):

@@ -28,7 +28,7 @@ from torch import Tensor
 from dust3r_sfm.align_scene import alignment_device
 from dust3r_sfm.alignment.align import AlignConfig, fuse_depths, optimize, start_component
 from dust3r_sfm.alignment.cameras import cameras_of_views
-from dust3r_sfm.alignment.objective import Evaluation, Problem, State, evaluate, pair_scales
+from dust3r_sfm.alignment.objective import State, pair_beliefs, pair_scales
 from dust3r_sfm.alignment.observations import Observations, sample_pairs, stack_samples
 from dust3r_sfm.geometry.camera import pixel_grid
 from dust3r_sfm.geometry.metrics import all_pairs_errors_deg
@@ -98,14 +98,14 @@ def main(
         str(device),
         *aligned.seconds,
         peak / 1e9,
-        objective.value(aligned.problem, aligned.state, aligned.evaluation),
+        objective.value(aligned.state),
         None,
         None,
         float(all_pairs_errors_deg(inverse(aligned.state.world_from_cam).cpu(), truth)[0].max()),
     )
     if reference_iters > 0:
         start = time.perf_counter()
-        value = objective.descend(aligned.start_problem, aligned.start, reference_iters)
+        value = objective.descend(aligned.start, reference_iters)
         figures = figures._replace(reference_objective=value, reference_s=time.perf_counter() - start)
     _report(figures, n, (h, w), reference_iters)
     if whole:
@@ -126,11 +126,8 @@ def _profile(views: Sequence[View], predictions: dict[Pair, PairPrediction], con
 
 class _Aligned(NamedTuple):
     observations: Observations
-    start_problem: Problem
     start: State
-    problem: Problem
     state: State
-    evaluation: Evaluation
     seconds: tuple[float, float, float]
     """Of the start, with the sampling; of the optimisation; of the depths of all pixels."""
 
@@ -142,10 +139,11 @@ def _align(views: Sequence[View], predictions: dict[Pair, PairPrediction], confi
     times.append(_now())
     problem, state, evaluation = optimize(views, predictions, start_problem, start, config)
     times.append(_now())
-    fuse_depths(views, predictions, observations, problem, state, evaluation, _intrinsics(views, state))
+    belief = pair_beliefs(problem, evaluation) / pair_scales(state.world_from_pair)
+    fuse_depths(views, predictions, observations, state, belief, _intrinsics(views, state))
     times.append(_now())
     seconds = tuple(after - before for before, after in zip(times[:-1], times[1:], strict=True))
-    return _Aligned(observations, start_problem, start, problem, state, evaluation, seconds)
+    return _Aligned(observations, start, state, seconds)
 
 
 def synthetic_predictions(
@@ -212,13 +210,14 @@ class Published:
         self.pixels = (grid - torch.tensor([width / 2, height / 2], device=grid.device)).flatten(0, 1)
         self.images = observations.images.tolist()
 
-    def value(self, problem: Problem, state: State, evaluation: Evaluation) -> float:
+    def value(self, state: State) -> float:
+        """With the depths that suit it best."""
         with torch.no_grad():
-            return float(self._loss(self._parameters(problem, state, evaluation)))
+            return float(self._loss(self._parameters(state)))
 
-    def descend(self, problem: Problem, start: State, num_iters: int) -> float:
+    def descend(self, start: State, num_iters: int) -> float:
         """The value after steps of Adam with the published rate (0.01, falling to 1e-6 along a cosine)."""
-        parameters = self._parameters(problem, start, evaluate(problem, start))
+        parameters = self._parameters(start)
         parameters = {name: value.clone().requires_grad_() for name, value in parameters.items()}
         adam = torch.optim.Adam(list(parameters.values()), lr=0.01, betas=(0.9, 0.9))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, num_iters, eta_min=1e-6)
@@ -230,10 +229,11 @@ class Published:
         with torch.no_grad():
             return float(self._loss(parameters))
 
-    def _parameters(self, problem: Problem, state: State, evaluation: Evaluation) -> dict[str, Tensor]:
+    def _parameters(self, state: State) -> dict[str, Tensor]:
         """As published: quaternions, logarithms of focals, depths, scales, and of signed translations."""
         K = _intrinsics(self.views, state)
-        depths, _ = fuse_depths(self.views, self.predictions, self.observations, problem, state, evaluation, K)
+        equal = torch.ones_like(self.observations.units)  # as the published objective has it
+        depths, _ = fuse_depths(self.views, self.predictions, self.observations, state, equal, K)
         from_raw = state.world_from_pair.clone()
         from_raw[:, :3, :3] /= self.observations.units[:, None, None]
         scale = pair_scales(from_raw)
