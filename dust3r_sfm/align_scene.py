@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-from dust3r_sfm.alignment.align import AlignConfig, iterate_components
+from dust3r_sfm.alignment.align import AlignConfig, align_cluster, iterate_components
+from dust3r_sfm.alignment.clusters import AlignClusters, Cluster
+from dust3r_sfm.engine import EngineConfig, is_local, map_shards
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.files import writing
 from dust3r_sfm.formats.known_cameras import read_known_cameras
@@ -37,6 +40,7 @@ def main(
     cameras: Path | None = None,
     device: Literal["auto", "cuda", "cpu"] = "auto",
     config: AlignConfig = AlignConfig(),  # noqa: B008  frozen
+    engine: EngineConfig = EngineConfig(),  # noqa: B008  frozen
 ) -> list[Scene]:
     """Put the pointmaps of all pairs into one frame for each connected group of images.
 
@@ -48,17 +52,16 @@ def main(
         cameras: A cameras.json or a COLMAP model whose intrinsics and poses are kept, of any of the photos.
         device: Where the alignment is sought; auto takes cuda where there is one.
         config: How the alignment is sought.
+        engine: Where the clusters of more than max_cluster images are aligned.
     """
+    if engine.shard is not None:
+        raise InputError("alignment is not done by shares, as clusters are merged: give --engine or --workers instead")
     where = alignment_device(InferConfig(device=device))
     with writing(output):
         with PointmapFile(pointmaps) as predictions:
             used = _chosen(predictions, pairs)
             views = _load_views(image_dir, used, cameras)
-            scenes = []
-            with tqdm(total=len(views), desc="Align", unit="image", disable=None) as bar:
-                for scene in iterate_components(views, PredictionsOn(used, where), config):
-                    scenes.append(scene)
-                    bar.update(len(scene.names))
+            scenes = align_views(views, PredictionsOn(used, where), config, engine)
         write_scenes(output, scenes)
     num_aligned = sum(len(scene.names) for scene in scenes)
     doubts = {pair: reason for scene in scenes for pair, reason in scene.doubts.items()}
@@ -68,6 +71,28 @@ def main(
         logger.warning("%d more pairs have no say either.", len(doubts) - MAX_NAMED)
     logger.info("Aligned %d of %d images in %d scenes: %s.", num_aligned, len(views), len(scenes), output)
     return scenes
+
+
+def align_views(
+    views: Sequence[View], predictions: Predictions, config: AlignConfig, engine: EngineConfig
+) -> list[Scene]:
+    """A scene for every component; the clusters of large ones are aligned by the engine's workers."""
+    align_clusters = None if is_local(engine) else _by_workers(predictions, config, engine)
+    scenes = []
+    with tqdm(total=len(views), desc="Align", unit="image", disable=None) as bar:
+        for scene in iterate_components(views, predictions, config, align_clusters):
+            scenes.append(scene)
+            bar.update(len(scene.names))
+    return scenes
+
+
+def _by_workers(predictions: Predictions, config: AlignConfig, engine: EngineConfig) -> AlignClusters:
+    make = partial(tuple, (predictions, config))
+    return lambda clusters: map_shards(_align_one, make, clusters, engine)
+
+
+def _align_one(held: tuple[Predictions, AlignConfig], cluster: Cluster) -> list[Scene]:
+    return align_cluster(*held, cluster)
 
 
 def alignment_device(config: InferConfig) -> torch.device:

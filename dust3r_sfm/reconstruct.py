@@ -14,10 +14,9 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from tqdm import tqdm
 
-from dust3r_sfm.align_scene import alignment_device
-from dust3r_sfm.alignment.align import AlignConfig, iterate_components
+from dust3r_sfm.align_scene import align_views, alignment_device
+from dust3r_sfm.alignment.align import AlignConfig
 from dust3r_sfm.alignment.refine import RefineConfig
 from dust3r_sfm.alignment.tracks import TrackConfig, build_tracks
 from dust3r_sfm.engine import EngineConfig
@@ -317,11 +316,8 @@ def _align(
         logger.info("The scene in %s is aligned already.", path)
         return read_scenes(path)
     done.unlink(missing_ok=True)  # before the scene changes: a kill in between must not leave an old key beside it
-    scenes, there = [], PredictionsOn(predictions, alignment_device(config.infer))
-    with tqdm(total=len(views), desc="Align", unit="image", disable=None) as bar:
-        for scene in iterate_components(views, there, config.align):
-            scenes.append(scene)
-            bar.update(len(scene.names))
+    there = PredictionsOn(predictions, alignment_device(config.infer))
+    scenes = align_views(views, there, config.align, config.engine)
     write_scenes(path, scenes)
     write_bytes(done, json.dumps(key).encode())
     return read_scenes(path)  # as a second run has them, rounded

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ class Cluster(NamedTuple):
 
 
 AlignClusters = Callable[[Sequence[Cluster]], Iterable[tuple[int, Sequence[Scene]]]]
-"""Index and scenes of each cluster, largest scene first, in any order."""
+"""Index and scenes (without views) of each cluster, largest scene first, in any order."""
 
 
 def align_in_clusters(
@@ -69,7 +70,8 @@ def align_in_clusters(
         scenes = dict(align_clusters(clusters))
         for joined in _joined_parts([scene for index in sorted(scenes) for scene in scenes[index]]):
             num_scenes += 1
-            yield merged_scene(joined, pairs)
+            scene = merged_scene(joined, pairs)
+            yield replace(scene, views=tuple(by_name[name] for name in scene.names))
     if not num_scenes:
         raise ReconstructionError(
             f"none of the clusters of {len(views)} images can be aligned: match more images or lower min_confidence"
@@ -242,5 +244,4 @@ def _assembled(
         lenses=tuple(parts[k].lens(i) for k, i in home),
         original_sizes=tuple(parts[k].original_sizes[i] for k, i in home),
         doubts={pair: reason for part in parts for pair, reason in part.doubts.items()},
-        views=tuple(parts[k].views[i] for k, i in home) if all(part.views for part in parts) else (),
     )

@@ -1,5 +1,6 @@
 """Clusters that share images: how they are chosen, and how their scenes become one."""
 
+import pickle
 from dataclasses import replace
 from itertools import permutations
 
@@ -8,8 +9,9 @@ import torch
 from aligned import true_scene
 from procedural import make_scene
 
-from dust3r_sfm.alignment.align import AlignConfig, align_components
+from dust3r_sfm.alignment.align import AlignConfig, align_cluster, align_components, iterate_components
 from dust3r_sfm.alignment.clusters import merged_scene, overlapping_clusters
+from dust3r_sfm.engine import packed
 from dust3r_sfm.errors import ReconstructionError
 from dust3r_sfm.geometry.metrics import all_pairs_errors_deg
 from dust3r_sfm.geometry.transforms import camera_center, inverse, rotation_from_rotvec
@@ -95,3 +97,20 @@ def test_clusters_without_a_usable_pair_are_a_sentence():
     }
     with pytest.raises(ReconstructionError, match="none of the clusters of 4 images"):
         align_components(truth.views, nothing, AlignConfig(max_cluster=3))
+
+
+def test_clusters_of_another_process_are_the_same_scene_with_the_views_again():
+    near = [(i, j) for i, j in permutations(range(12), 2) if abs(i - j) <= 3]
+    truth = make_scene(12, (16, 20), noise=0.01, pairs=near)
+    config = AlignConfig(max_cluster=8)
+
+    def elsewhere(clusters):
+        for index in reversed(range(len(clusters))):  # workers end in any order
+            held, cluster = pickle.loads(packed((truth.predictions, clusters[index])))
+            yield index, pickle.loads(packed(align_cluster(held, config, cluster)))
+
+    (here,), (there,) = (list(iterate_components(truth.views, truth.predictions, config, f)) for f in (None, elsewhere))
+    assert here.names == there.names
+    assert torch.equal(here.cam_from_world, there.cam_from_world)
+    assert [view.name for view in there.views] == list(there.names)
+    assert there.views[0] in truth.views
