@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dust3r_sfm.align_scene import alignment_device
+from dust3r_sfm.align_scene import align_views, alignment_device
 from dust3r_sfm.alignment.align import AlignConfig, align
+from dust3r_sfm.engine import EngineConfig
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.geometry.camera import pixel_grid
 from dust3r_sfm.geometry.registration import register_similarity
@@ -61,6 +62,7 @@ def main(
     num_neighbors: int = 20,
     plot: Path | None = None,
     config: AlignConfig = AlignConfig(),  # noqa: B008  frozen
+    engine: EngineConfig = EngineConfig(),  # noqa: B008  frozen
 ) -> list[ScaleFigures]:
     """Align more and more images and print a line for each number.
 
@@ -69,12 +71,13 @@ def main(
         num_neighbors: Partners of an image.
         plot: A picture (.png, .svg) of error and time against the number of images; needs matplotlib.
         config: How the alignment is sought; max_cluster says how many images are aligned at once.
+        engine: Where clusters are aligned; memory is that of the process that merges them.
     """
     if plot is not None:
         _matplotlib()
     figures = []
     for n in sizes:
-        figures.append(measure(n, num_neighbors, config))
+        figures.append(measure(n, num_neighbors, config, engine))
         logger.info(
             "%d of %d images, %d directed pairs: %.1f s, %.2f GB; median errors %.3f degrees, %.4f m; worst %.4f m.",
             *(figures[-1].num_aligned, n, *figures[-1][2:]),
@@ -84,14 +87,14 @@ def main(
     return figures
 
 
-def measure(n: int, num_neighbors: int, config: AlignConfig) -> ScaleFigures:
+def measure(n: int, num_neighbors: int, config: AlignConfig, engine: EngineConfig = EngineConfig()) -> ScaleFigures:
     device = alignment_device(InferConfig())
     survey = Survey(n, num_neighbors, device)
     if device.type == "cuda":
         align(survey.views[:2], survey, config)  # loads the kernels
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    scene = align(survey.views, survey, config)
+    scene = align_views(survey.views, survey, config, engine)[0]
     seconds = time.perf_counter() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
