@@ -87,7 +87,7 @@ def main(
     return figures
 
 
-def measure(n: int, num_neighbors: int, config: AlignConfig, engine: EngineConfig = EngineConfig()) -> ScaleFigures:
+def measure(n: int, num_neighbors: int, config: AlignConfig, engine: EngineConfig) -> ScaleFigures:
     device = alignment_device(InferConfig())
     survey = Survey(n, num_neighbors, device)
     if device.type == "cuda":
