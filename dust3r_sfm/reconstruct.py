@@ -25,7 +25,8 @@ from dust3r_sfm.export_scene import ExportConfig, check_formats, export_scenes, 
 from dust3r_sfm.extract_frames import FrameConfig, extract_frames
 from dust3r_sfm.files import holding, write_bytes
 from dust3r_sfm.filter_pairs import FilterConfig, decide_pairs, keep_pairs, with_doubts
-from dust3r_sfm.formats.colmap import check_text_names
+from dust3r_sfm.formats.colmap import check_text_names, read_colmap
+from dust3r_sfm.formats.continued import continued
 from dust3r_sfm.formats.known_cameras import read_known_cameras
 from dust3r_sfm.formats.masks import read_masks
 from dust3r_sfm.formats.matches import write_matches
@@ -103,8 +104,8 @@ def main(
         num_matched: Partners of a photo in retrieval pairs.
         pairs_file: Text file with two image names a line, as hloc writes it, in place of the pairs above.
         cameras: Known intrinsics and poses of some or all photos: a cameras.json or the folder of a COLMAP model.
-        previous_model: A COLMAP model of some of the photos, or an earlier output: its cameras and poses stay, and the
-            other photos are added.
+        previous_model: A COLMAP model of some of the photos, or an earlier output: its cameras, poses and points stay,
+            with their numbers, and the other photos are added.
         masks: Folder with <image name>.png for some or all photos, black where a photo may not be used.
         depths: Known depths of some or all photos, which make the result metric: a folder with <image name>.npy in
             metres or .png in millimetres, or a cameras.json.
@@ -165,6 +166,8 @@ def main(
                 summary.refinement = {**summary.refinement, "alignment": str(failure)}
                 if not scenes:
                     raise failure
+            if previous_model is not None:
+                scenes = continued(scenes, read_colmap(cameras))
             _export(scenes, views, output, text, summary, config.export, image_dir, dense)
         except BaseException:
             with suppress(OSError):  # a full disk, say, of which the first error tells

@@ -31,6 +31,18 @@ class Tracks:
     """For each observation, its pixel in the stored file, corner origin."""
 
 
+@dataclass(frozen=True)
+class SceneIds:
+    """COLMAP's numbers of a scene that continues a model: what was in that keeps its own."""
+
+    images: tuple[int, ...]
+    cameras: tuple[int, ...]
+    """Of each image; images of one number share a camera."""
+    points: tuple[int, ...]
+    """Of the scene's first tracks; the others are numbered from `next_point`."""
+    next_point: int
+
+
 @dataclass(frozen=True, eq=False)
 class Scene:
     """Cameras and depth of one connected component, in one world frame of arbitrary scale.
@@ -54,6 +66,8 @@ class Scene:
     """The distortion of each stored file, which comes after `net_from_img`'s inverse; () where none has any."""
     doubts: Mapping[Pair, str] = field(default_factory=dict)
     """Pairs of the aligned component that had no say, and why: they contradict the others."""
+    ids: SceneIds | None = None
+    """None where images and points are numbered from 1."""
     views: tuple[View, ...] = ()
     """The network images, to compare further photos with; () where they are not at hand, as in a scene from a file."""
 
@@ -62,6 +76,8 @@ class Scene:
         lengths = {f: len(getattr(self, f)) for f in ("K", "cam_from_world", "depth", "confidence", "net_from_img")}
         if any(length != n for length in lengths.values()) or {len(self.original_sizes), len(self.lenses) or n} != {n}:
             raise ValueError(f"a scene of {n} names has fields of other lengths: {lengths}")
+        if self.ids is not None and {len(self.ids.images), len(self.ids.cameras)} != {n}:
+            raise ValueError(f"a scene of {n} names has ids of {len(self.ids.images)}, {len(self.ids.cameras)} images")
         for name, depth, confidence in zip(self.names, self.depth, self.confidence, strict=True):
             if depth.shape != confidence.shape:
                 raise ValueError(f"{name}: depth is {tuple(depth.shape)}, confidence {tuple(confidence.shape)}")

@@ -107,7 +107,7 @@ def colmap_from_scene(
 ) -> pycolmap.Reconstruction:
     """The scene in COLMAP's types: image i of the scene has id first_id + i, its points are numbered from 1.
 
-    With `equal_share` images of equal intrinsics share one camera.
+    With `equal_share` images of equal intrinsics share one camera. A scene with ids of its own has those.
     """
     img_from_net = torch.linalg.inv(scene.net_from_img.detach().cpu().double())
     K, imgcam_from_netcam = split_rotation(img_from_net, scene.K.detach().cpu().double())
@@ -117,12 +117,13 @@ def colmap_from_scene(
     reconstruction = pycolmap.Reconstruction()
     camera_ids = _add_cameras(reconstruction, K, scene, shared_camera, equal_share, first_id)
     keypoints = _keypoints_by_image(scene)
+    image_ids = [first_id + i for i in range(len(scene.names))] if scene.ids is None else scene.ids.images
     for index, (name, camera_id) in enumerate(zip(scene.names, camera_ids, strict=True)):
         xy = np.concatenate([keypoints[index], (more_keypoints or {}).get(name, np.zeros((0, 2)))])
-        image = pycolmap.Image(name=name, camera_id=camera_id, image_id=first_id + index, keypoints=xy)
+        image = pycolmap.Image(name=name, camera_id=camera_id, image_id=image_ids[index], keypoints=xy)
         _add_image(reconstruction, image, pycolmap.Rigid3d(cam_from_world[index, :3].numpy()))
     if scene.tracks is not None:
-        _add_points(reconstruction, scene.tracks, first_id)
+        _add_points(reconstruction, scene.tracks, np.array(image_ids), _point_ids(scene))
     reconstruction.update_point_3d_errors()
     assert _is_valid(reconstruction)
     return reconstruction
@@ -143,7 +144,10 @@ def _add_cameras(
         own = (size, *K[index].flatten().tolist(), lens) if equal_share else index
         groups.setdefault((size, lens and lens.model) if shared_camera else own, []).append(index)
     camera_ids = [0] * len(scene.names)
-    for camera_id, members in enumerate(groups.values(), start=first_id):
+    numbered = dict(enumerate(groups.values(), start=first_id))
+    if scene.ids is not None:
+        numbered = {c: [i for i, own in enumerate(scene.ids.cameras) if own == c] for c in scene.ids.cameras}
+    for camera_id, members in numbered.items():
         # The mean of the middle two: torch's median would take the lower.
         middle = K[members].quantile(0.5, dim=0).numpy()
         lens = _middle_lens([scene.lens(i) for i in members])
@@ -189,7 +193,17 @@ def _keypoints_by_image(scene: Scene) -> list[np.ndarray]:
     return np.split(scene.tracks.keypoints.cpu().double().numpy()[order], np.cumsum(counts)[:-1])
 
 
-def _add_points(reconstruction: pycolmap.Reconstruction, tracks: Tracks, first_id: int) -> None:
+def _point_ids(scene: Scene) -> list[int]:
+    ids, count = scene.ids, len(scene.tracks.errors)
+    if ids is None:
+        return list(range(1, count + 1))
+    return [*ids.points[:count], *range(ids.next_point, ids.next_point + count - len(ids.points))]
+
+
+def _add_points(
+    reconstruction: pycolmap.Reconstruction, tracks: Tracks, image_ids: np.ndarray, point_ids: Sequence[int]
+) -> None:
+    """Points whose ids ascend."""
     image_indices, point_indices = tracks.image_indices.cpu().numpy(), tracks.point_indices.cpu().numpy()
     order = _order_by_image(tracks)
     starts = np.searchsorted(image_indices[order], image_indices[order])
@@ -199,14 +213,16 @@ def _add_points(reconstruction: pycolmap.Reconstruction, tracks: Tracks, first_i
     by_point = np.argsort(point_indices, kind="stable")
     elements = [
         pycolmap.TrackElement(image_id, index)
-        for image_id, index in zip(
-            (image_indices[by_point] + first_id).tolist(), point2d[by_point].tolist(), strict=True
-        )
+        for image_id, index in zip(image_ids[image_indices[by_point]].tolist(), point2d[by_point].tolist(), strict=True)
     ]
     ends = np.cumsum(np.bincount(point_indices, minlength=len(tracks.errors))).tolist()
     points, colors = tracks.points_in_world.cpu().double().numpy(), tracks.colors.cpu().numpy()
-    for point, color, start, end in zip(points, colors, [0, *ends][:-1], ends, strict=True):
-        reconstruction.add_point3D(point, pycolmap.Track(elements[start:end]), color)
+    before = 0
+    for point_id, point, color, start, end in zip(point_ids, points, colors, [0, *ends][:-1], ends, strict=True):
+        if point_id != before + 1:  # COLMAP numbers on from the largest that it has had
+            reconstruction.add_point3D_with_id(point_id - 1, pycolmap.Point3D())
+            reconstruction.delete_point3D(point_id - 1)
+        before = reconstruction.add_point3D(point, pycolmap.Track(elements[start:end]), color)
 
 
 def _is_valid(reconstruction: pycolmap.Reconstruction) -> bool:

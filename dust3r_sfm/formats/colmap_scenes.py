@@ -85,8 +85,15 @@ def _straight_maps(
 
 def tracks_of(reconstruction: pycolmap.Reconstruction, image_ids: Sequence[int]) -> Tracks:
     """The points of a model as tracks; `image_ids` says which image of the model has which index."""
+    return numbered_tracks_of(reconstruction, image_ids)[0]
+
+
+def numbered_tracks_of(
+    reconstruction: pycolmap.Reconstruction, image_ids: Sequence[int]
+) -> tuple[Tracks, tuple[int, ...]]:
+    """`tracks_of`, and the points' ids, which ascend."""
     index_of = {image_id: index for index, image_id in enumerate(image_ids)}
-    points, colors, errors, lengths, images, keypoints = [], [], [], [], [], []
+    point_ids, points, colors, errors, lengths, images, keypoints = [], [], [], [], [], [], []
     pixels = {i: np.array([p.xy for p in reconstruction.image(i).points2D]).reshape(-1, 2) for i in image_ids}
     reconstruction.update_point_3d_errors()
     for point_id in sorted(reconstruction.points3D):
@@ -95,13 +102,14 @@ def tracks_of(reconstruction: pycolmap.Reconstruction, image_ids: Sequence[int])
         elements = sorted(dict(reversed(elements)).items(), key=lambda pair: pair[0])
         if len(elements) < 2:
             continue
+        point_ids.append(point_id)
         points.append(point.xyz)
         colors.append(point.color)
         errors.append(point.error)
         lengths.append(len(elements))
         images += [index for index, _ in elements]
         keypoints += [pixels[element.image_id][element.point2D_idx] for _, element in elements]
-    return Tracks(
+    tracks = Tracks(
         points_in_world=torch.from_numpy(np.array(points).reshape(-1, 3)).float(),
         colors=torch.from_numpy(np.array(colors, dtype=np.uint8).reshape(-1, 3)),
         errors=torch.tensor(errors, dtype=torch.float32),
@@ -109,6 +117,7 @@ def tracks_of(reconstruction: pycolmap.Reconstruction, image_ids: Sequence[int])
         image_indices=torch.tensor(images, dtype=torch.long),
         keypoints=torch.from_numpy(np.array(keypoints).reshape(-1, 2)).float(),
     )
+    return tracks, tuple(point_ids)
 
 
 def _with_depth(scene: Scene, depth_maps: Mapping[str, tuple[Tensor, Tensor] | None]) -> Scene:

@@ -16,7 +16,7 @@ from dust3r_sfm.errors import InputError
 from dust3r_sfm.files import write_bytes
 from dust3r_sfm.geometry.lens import Lens
 from dust3r_sfm.pairs import Pair
-from dust3r_sfm.scene import Scene, Tracks
+from dust3r_sfm.scene import Scene, SceneIds, Tracks
 
 FORMAT = "dust3r_sfm scenes 1"
 FLOAT16_MAX = 65504.0
@@ -54,6 +54,8 @@ def _write_scene(group: h5py.Group, scene: Scene) -> None:
     group["original_sizes"] = np.array(scene.original_sizes, dtype=np.int64)
     group.attrs["lenses"] = json.dumps([lens and asdict(lens) for lens in scene.lenses])
     group["doubts"] = json.dumps([[*pair, reason] for pair, reason in scene.doubts.items()])
+    if scene.ids is not None:
+        group["ids"] = json.dumps(asdict(scene.ids))
     for field in STACKED:
         group[field] = getattr(scene, field).numpy()
     for i, (depth, confidence) in enumerate(zip(scene.depth, scene.confidence, strict=True)):
@@ -73,6 +75,7 @@ def _read_scene(group: h5py.Group) -> Scene:
         tracks = Tracks(**{field.name: torch.from_numpy(group[f"tracks/{field.name}"][()]) for field in fields(Tracks)})
     lenses = json.loads(group.attrs.get("lenses", "[]"))
     doubts = json.loads(group["doubts"].asstr()[()]) if "doubts" in group else []
+    ids = json.loads(group["ids"].asstr()[()]) if "ids" in group else None
     return Scene(
         names=names,
         doubts={Pair(name0, name1): reason for name0, name1, reason in doubts},
@@ -82,4 +85,9 @@ def _read_scene(group: h5py.Group) -> Scene:
         confidence=tuple(torch.from_numpy(image["confidence"][()]).float() for image in images),
         original_sizes=tuple((int(width), int(height)) for width, height in group["original_sizes"][()]),
         tracks=tracks,
+        ids=SceneIds(**{key: _tuple(value) for key, value in ids.items()}) if ids else None,
     )
+
+
+def _tuple(value: list[int] | int) -> tuple[int, ...] | int:
+    return tuple(value) if isinstance(value, list) else value

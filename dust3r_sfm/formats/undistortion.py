@@ -33,7 +33,8 @@ def pinhole_scene(scene: Scene) -> Scene:
     maps = [_pinhole_from_straight(scene, i) for i in range(len(scene.names))]
     net_from_pinhole = [scene.net_from_img[i] @ torch.from_numpy(np.linalg.inv(m)) for i, m in enumerate(maps)]
     tracks = None if scene.tracks is None else _pinhole_tracks(scene, scene.tracks, maps)
-    return dataclasses.replace(scene, net_from_img=torch.stack(net_from_pinhole), lenses=(), tracks=tracks)
+    ids = None if scene.ids is None else dataclasses.replace(scene.ids, points=())  # fewer tracks than there were
+    return dataclasses.replace(scene, net_from_img=torch.stack(net_from_pinhole), lenses=(), tracks=tracks, ids=ids)
 
 
 def place_pinhole_images(scene: Scene, names: Mapping[str, str], image_dir: Path, folder: Path) -> None:
