@@ -57,6 +57,7 @@ def main(
     has_cuda = torch.cuda.is_available() and config.device in ("auto", "cuda")
     config = config if has_cuda else replace(config, compiled="off")
     released = model == "released" or (model == "auto" and has_cuda)
+    torch.manual_seed(0)
     with pick_device(config):  # random weights are drawn where they are used
         network = Dust3r(Dust3rConfig(image_size=512, head="dpt")) if released else Dust3r.from_pretrained()
     size = (384, 512) if released else (192, 256)
@@ -75,7 +76,7 @@ def main(
         if profile:
             _say_profile(lambda w=worker, s=shards: _predict(w, s), worker.device)
     if worker.dtype != torch.float32:
-        _say_error(network, views, pairs[: 2 * ERROR_PAIRS : 2], config)
+        _say_error(network, worker, pairs[: 2 * ERROR_PAIRS : 2], config)
     if has_cuda:
         logger.info("Peak GPU memory %.1f GB.", torch.cuda.max_memory_allocated() / 1e9)
 
@@ -174,11 +175,11 @@ def _heads(model: Dust3r, layers: tuple[list[Tensor], list[Tensor]], tokens: Seq
         model._predict(head, of_side, image.grid, image.finest[side])
 
 
-def _say_error(model: Dust3r, views: Sequence[View], pairs: Sequence[Pair], config: InferConfig) -> None:
+def _say_error(model: Dust3r, worker: PairNetwork, pairs: Sequence[Pair], config: InferConfig) -> None:
     """The distance of pointmaps from those in float32, over their own distance from the camera."""
     exact = replace(config, precision="float32", compiled="off", batch_size=1, keep_dense=True)
-    fast = infer_pairs(model, views, pairs, config=replace(config, compiled="off", keep_dense=True))
-    true = infer_pairs(model, views, pairs, config=exact)
+    fast = worker.predict(pairs, bool)
+    true = infer_pairs(model, list(worker.views.values()), pairs, config=exact)
     for field in ("pointmap0_in_cam0", "pointmap1_in_cam0"):
         errors = torch.cat([_relative(getattr(fast[p], field), getattr(true[p], field)) for p in pairs])
         logger.info("%s: median relative difference from float32 %.2f %%.", field, 100 * errors.median())

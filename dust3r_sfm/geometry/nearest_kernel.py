@@ -12,8 +12,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-QUERIES = 16
-BOXES = 64
+QUERIES, BOXES, WARPS = 8, 64, 1
+"""Of a program; the fastest on an H200 of 8, 16 and 32 queries by 1, 2 and 4 warps."""
 
 
 def nearest_in_tiles(
@@ -33,7 +33,7 @@ def nearest_in_tiles(
         Q=QUERIES,
         P=points.shape[3],
         C=BOXES,
-        num_warps=1,
+        num_warps=WARPS,
     )
     return found.long()
 

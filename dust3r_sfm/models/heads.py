@@ -37,7 +37,7 @@ def confidence_of(raw: Float[Tensor, "*b"], mode: ConfidenceMode, limits: tuple[
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """The last layer is computed in float32: bfloat16 has 8 bits, too few for coordinates."""
-    if torch.amp.is_autocast_available(device.type):
+    if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type):  # which breaks graphs
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
