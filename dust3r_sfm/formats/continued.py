@@ -20,6 +20,8 @@ SAME_PX = 1.0
 """Keypoints of one photo that are so near are one, in photos of 1024 pixels, else in proportion."""
 MAX_ERROR_PX = 4.0
 """How far from an earlier point's projection a keypoint may lie that joins the point; in the same measure."""
+CELLS = 24
+"""Cells along the longer side of a photo: where one has a point's keypoint there is no hole to fill."""
 MAX_ANGLE_DEG, MAX_SHIFT = 0.05, 1e-3
 """Between poses of the scene and the model that are the same; shifts as a share of the cameras' extent."""
 
@@ -28,8 +30,9 @@ def continued(scenes: Sequence[Scene], previous: pycolmap.Reconstruction) -> lis
     """The scenes with the points of a model of some of their images, and its numbers; all else has fresh ones.
 
     Points stay where they are. What a scene has found where the model has a point's keypoint joins that
-    point, as far as it agrees; the rest are new points. Points that fewer than two images of a scene see are
-    left out. A scene that is not in the model's frame has its numbers alone.
+    point, as far as it agrees; the rest are new points, where a new image sees them or the model's images have
+    none. Points that fewer than two images of a scene see are left out. A scene that is not in the model's
+    frame has its numbers alone.
     """
     image_of = {image.name: image for image in previous.images.values()}
     next_image, next_camera = 1 + max(previous.images, default=0), 1 + max(previous.cameras, default=0)
@@ -90,11 +93,11 @@ def _joined(scene: Scene, poses: Float64[np.ndarray, "n 3 4"], old: Tracks, new:
         _reprojection_errors(scene, poses, old, goal[usable], new, np.flatnonzero(usable)) / units[images[usable]]
     )
     joins = _first_of_each(goal, images, errors, old, len(scene.names)) & (errors <= MAX_ERROR_PX)
-    fresh = np.flatnonzero(target < 0)
+    fresh = np.flatnonzero((target < 0) & _fills_holes(scene, old, new))
     number = np.full(len(new.errors), -1)
     number[fresh] = len(old.errors) + np.arange(len(fresh))
-    rows = np.concatenate([np.flatnonzero(joins), np.flatnonzero(target[points] < 0)])
-    indices = np.where(target[points] < 0, number[points], goal)[rows]
+    rows = np.concatenate([np.flatnonzero(joins), np.flatnonzero(number[points] >= 0)])
+    indices = np.where(number[points] >= 0, number[points], goal)[rows]
     by_point = np.argsort(np.concatenate([old.point_indices.numpy(), indices]), kind="stable")
     return Tracks(
         points_in_world=torch.cat([old.points_in_world, new.points_in_world[fresh]]),
@@ -104,6 +107,23 @@ def _joined(scene: Scene, poses: Float64[np.ndarray, "n 3 4"], old: Tracks, new:
         image_indices=torch.cat([old.image_indices, new.image_indices[rows]])[by_point],
         keypoints=torch.cat([old.keypoints, new.keypoints[rows]])[by_point],
     )
+
+
+def _fills_holes(scene: Scene, old: Tracks, new: Tracks) -> Bool[np.ndarray, " p"]:
+    """Whether new points are seen where old ones are not: mostly, or by an image that sees no old one at all."""
+    sides = np.array([max(size) / CELLS for size in scene.original_sizes])
+    taken = set(_cells(old, sides))
+    is_empty = np.array([cell not in taken for cell in _cells(new, sides)], dtype=bool)
+    is_new_image = ~np.isin(new.image_indices.numpy(), old.image_indices.numpy())
+    points, count = new.point_indices.numpy(), len(new.errors)
+    share = np.bincount(points, weights=is_empty, minlength=count) / np.maximum(np.bincount(points, minlength=count), 1)
+    return (share > 0.5) | (np.bincount(points, weights=is_new_image, minlength=count) > 0)
+
+
+def _cells(tracks: Tracks, sides: Float64[np.ndarray, " n"]) -> list[tuple[int, int, int]]:
+    images = tracks.image_indices.numpy()
+    x, y = (tracks.keypoints.numpy() // sides[images, None]).astype(int).T
+    return list(zip(images.tolist(), x.tolist(), y.tolist(), strict=True))
 
 
 def _points_at(old: Tracks, new: Tracks, radius_px: Float64[np.ndarray, " n"]) -> Int64[np.ndarray, " o"]:
