@@ -183,7 +183,7 @@ def _align_component(
 
 def start_component(observations: Observations, cameras: Cameras) -> tuple[Problem, State, KnownFrame]:
     """The problem and its start, in a world of unit size whose origin is the reference camera."""
-    rays = _sampled_rays(observations, cameras)
+    rays = sampled_rays(observations, cameras)
     start, device = start_pairs(observations).cpu(), observations.points.device
     focal = initialization.start_focals(observations, cameras, rays, start)
     world_from_cam = initialization.start_poses(observations, cameras, rays, focal, start)
@@ -217,13 +217,13 @@ def optimize(
     problem, state, evaluation = minimize_robustly(problem, state, config.max_iters, config.min_improvement)
     fine = finer_observations(views, predictions, problem.observations)
     if fine is not None:
-        rays = _sampled_rays(fine, cameras_of_views(views)).to(state.depth.device)
+        rays = sampled_rays(fine, cameras_of_views(views)).to(state.depth.device)
         settled = settle(replace(problem, observations=fine, rays=rays), state)
         state = replace(settled, depth=state.depth)
     return problem, state, evaluation
 
 
-def _sampled_rays(observations: Observations, cameras: Cameras) -> Float[Tensor, "n m 3"]:
+def sampled_rays(observations: Observations, cameras: Cameras) -> Float[Tensor, "n m 3"]:
     rays = torch.zeros(len(observations.names), observations.weights.shape[-1], 3)
     rays[..., 2] = 1
     for n, grid in enumerate(observations.grids):
@@ -254,13 +254,18 @@ def fuse_depths(
     """
     from_raw = state.world_from_pair.clone()
     from_raw[:, :3, :3] /= observations.units[:, None, None]
-    cam_from_world, images, K = inverse(state.world_from_cam), observations.images.cpu(), K.to(from_raw.device)
-    depths, confidences = [], []
+    # every appearance of an image in a pair, image by image: one copy to the device, not one an image
+    images = observations.images.cpu()
+    order = torch.argsort(images.flatten(), stable=True)
+    edges, sides = order % len(from_raw), order // len(from_raw)
+    rows, whose = torch.stack([edges, images.flatten()[order]]).to(from_raw.device)
+    cam_from_pair, belief = inverse(state.world_from_cam)[whose] @ from_raw[rows], belief[rows]
+    inv_K = torch.linalg.inv(K.double()).float().to(from_raw.device)
+    depths, confidences, first = [], [], 0
     for n, view in enumerate(views):
-        sides, edges = (images == n).nonzero().T.tolist()
-        seen = [(predictions[observations.pairs[e]], side) for side, e in zip(sides, edges, strict=True)]
-        rows = torch.tensor(edges, device=from_raw.device)
-        depth, confidence = fused_depth(seen, cam_from_world[n] @ from_raw[rows], belief[rows], K[n], view.size)
+        mine = slice(first, first := first + int((images == n).sum()))
+        seen = [predictions[observations.pairs[e]] for e in edges[mine].tolist()]
+        depth, confidence = fused_depth(seen, sides[mine], cam_from_pair[mine], belief[mine], inv_K[n], view.size)
         depths.append(depth)
         confidences.append(confidence if view.mask is None else confidence * view.mask.to(confidence.device))
     return depths, confidences

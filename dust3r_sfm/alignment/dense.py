@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, grid_sample
 
@@ -51,28 +52,45 @@ class _Seen:
 
 
 def fused_depth(
-    seen: Sequence[tuple[PairPrediction, int]],
+    seen: Sequence[PairPrediction],
+    sides: Int[Tensor, " k"],
     cam_from_pair: Float[Tensor, "k 4 4"],
     belief: Float[Tensor, " k"],
-    K: Float[Tensor, "3 3"],
+    inv_K: Float[Tensor, "3 3"],  # noqa: N803
     size: tuple[int, int],
 ) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
     """Depth that agrees best with all pairs of an image, and the highest confidence (DUSt3R's).
 
-    `seen` are the pairs and which of their sides the image is, `cam_from_pair` takes their raw pointmaps to its
+    `sides` (in the host's memory) says which of their images it is, `cam_from_pair` takes their raw pointmaps to its
     aligned camera, `belief` is their weight in the depth. Where no pair sees a pixel in front of the camera both are 0.
     """
-    inv_K = torch.linalg.inv(K.double()).float()
-    on_grid = [i for i, (prediction, _) in enumerate(seen) if isinstance(prediction, ReducedPrediction)]
-    on_pixels = [i for i in range(len(seen)) if i not in set(on_grid)]
-    whole = _of_pointmaps(seen, on_pixels, cam_from_pair, belief, _rays(inv_K, size, 1)) if on_pixels else []
+    views = [_View(*x) for x in zip(seen, sides.tolist(), cam_from_pair.float(), belief.float(), strict=True)]
+    on_grid = [view for view in views if isinstance(view.prediction, ReducedPrediction)]
+    on_pixels = [view for view in views if not isinstance(view.prediction, ReducedPrediction)]
+    whole = _of_pointmaps(on_pixels, _rays(inv_K, size, 1)) if on_pixels else []
     if not on_grid:
         return _Seen.joined(whole).agreed()
-    prediction, side = seen[on_grid[0]]
-    stride = prediction.strides[side]  # by the image's size alone
-    grid = _Seen.joined(_of_pointmaps(seen, on_grid, cam_from_pair, belief, _rays(inv_K, size, stride))).agreed()
-    whole += _of_depths(seen, on_grid, cam_from_pair, belief, _rays(inv_K, size, 1))
+    stride = on_grid[0].prediction.strides[on_grid[0].side]  # by the image's size alone
+    grid = _Seen.joined(_of_pointmaps(on_grid, _rays(inv_K, size, stride))).agreed()
+    whole += _of_depths(on_grid, _rays(inv_K, size, 1))
     return _filled_in(*grid, *_Seen.joined(whole).agreed(), stride) if whole else _enlarged(*grid, size, stride)
+
+
+class _View(NamedTuple):
+    """An image in one of its pairs."""
+
+    prediction: PairPrediction
+    side: int
+    cam_from_pair: Float[Tensor, "4 4"]
+    belief: Float[Tensor, ""]
+
+    @property
+    def pointmap(self) -> Float[Tensor, "h w 3"]:
+        return self.prediction.pointmap1_in_cam0 if self.side else self.prediction.pointmap0_in_cam0
+
+    @property
+    def confidence(self) -> Float[Tensor, "h w"]:
+        return self.prediction.confidence1 if self.side else self.prediction.confidence0
 
 
 def _rays(inv_K: Float[Tensor, "3 3"], size: tuple[int, int], stride: int) -> Float[Tensor, "h w 3"]:  # noqa: N803
@@ -81,54 +99,38 @@ def _rays(inv_K: Float[Tensor, "3 3"], size: tuple[int, int], stride: int) -> Fl
     return torch.nn.functional.pad(pixels, (0, 1), value=1.0) @ inv_K.T
 
 
-def _of_pointmaps(
-    seen: Sequence[tuple[PairPrediction, int]],
-    chosen: Sequence[int],
-    cam_from_pair: Float[Tensor, "k 4 4"],
-    belief: Float[Tensor, " k"],
-    rays: Float[Tensor, "h w 3"],
-) -> list[_Seen]:
-    """What the chosen pairs' points say, many pairs at once."""
+def _of_pointmaps(views: Sequence[_View], rays: Float[Tensor, "h w 3"]) -> list[_Seen]:
+    """What pairs' points say, those of many pairs of one side at once."""
     length = rays.square().sum(dim=-1)
     at_once = max(1, PIXELS_AT_ONCE // length.numel())
     parts = []
-    for rows in (chosen[i : i + at_once] for i in range(0, len(chosen), at_once)):
-        sides = torch.tensor([seen[i][1] for i in rows], device=rays.device)[:, None, None]
-        pointmaps = [_side(*seen[i]) for i in rows]
-        points = torch.stack([pointmap for pointmap, _ in pointmaps]).float()
-        confidence = torch.stack([c for _, c in pointmaps]).float()
-        weights = usable_weights(points, confidence, 1) * ((sides == 1) | (points[..., 2] > 0))
-        points = torch.where((weights > 0)[..., None], points, 0).flatten(1, 2)
-        points = transform_points(cam_from_pair[rows].float(), points).unflatten(1, length.shape)
-        depth = (points * rays).sum(dim=-1) / length
-        weights = torch.where(depth > 0, weights * belief[rows, None, None].float(), 0)
-        aside = (points - depth[..., None] * rays).square().sum(dim=-1) / length
-        parts.append(_Seen(torch.where(weights > 0, depth, 0), aside, weights, confidence))
+    for side in (0, 1):
+        of_side = [view for view in views if view.side == side]
+        for some in (of_side[i : i + at_once] for i in range(0, len(of_side), at_once)):
+            points = torch.stack([view.pointmap for view in some]).float()
+            confidence = torch.stack([view.confidence for view in some]).float()
+            cam_from_pair, belief = (torch.stack([view[i] for view in some]) for i in (2, 3))
+            weights = usable_weights(points, confidence, side)
+            points = torch.where((weights > 0)[..., None], points, 0).flatten(1, 2)
+            points = transform_points(cam_from_pair, points).unflatten(1, length.shape)
+            depth = (points * rays).sum(dim=-1) / length
+            weights = torch.where(depth > 0, weights * belief[:, None, None], 0)
+            aside = (points - depth[..., None] * rays).square().sum(dim=-1) / length
+            parts.append(_Seen(torch.where(weights > 0, depth, 0), aside, weights, confidence))
     return parts
 
 
-def _side(prediction: PairPrediction, side: int) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w"]]:
-    if side == 0:
-        return prediction.pointmap0_in_cam0, prediction.confidence0
-    return prediction.pointmap1_in_cam0, prediction.confidence1
-
-
-def _of_depths(
-    seen: Sequence[tuple[PairPrediction, int]],
-    chosen: Sequence[int],
-    cam_from_pair: Float[Tensor, "k 4 4"],
-    belief: Float[Tensor, " k"],
-    rays: Float[Tensor, "h w 3"],
-) -> list[_Seen]:
+def _of_depths(views: Sequence[_View], rays: Float[Tensor, "h w 3"]) -> list[_Seen]:
     """Depth along the image's own rays; of the similarity the scale alone, the grid says the rest."""
-    rows = [i for i in chosen if seen[i][1] == 0 and seen[i][0].depth0 is not None]
-    rows = [i for i in rows if seen[i][0].full_confidence0 is not None]
-    if not rows:
+    views = [view for view in views if view.side == 0 and view.prediction.depth0 is not None]
+    views = [view for view in views if view.prediction.full_confidence0 is not None]
+    if not views:
         return []
-    depths = torch.stack([seen[i][0].depth0 for i in rows]).float()
-    confidence = torch.stack([seen[i][0].full_confidence0 for i in rows]).float()
-    weights = usable_weights(depths[..., None] * rays, confidence, 0) * belief[rows, None, None].float()
-    scales = determinant(cam_from_pair[rows, :3, :3]).abs().pow(1 / 3).float()
+    depths = torch.stack([view.prediction.depth0 for view in views]).float()
+    confidence = torch.stack([view.prediction.full_confidence0 for view in views]).float()
+    belief = torch.stack([view.belief for view in views])
+    weights = usable_weights(depths[..., None] * rays, confidence, 0) * belief[:, None, None]
+    scales = determinant(torch.stack([view.cam_from_pair[:3, :3] for view in views])).abs().pow(1 / 3)
     depths = torch.where(weights > 0, scales[:, None, None] * depths, 0)
     return [_Seen(depths, torch.zeros_like(depths), weights, confidence)]
 

@@ -74,12 +74,17 @@ class State:
 class Evaluation:
     """Residuals at a state, and the least-squares weights that stand for the robust cost there."""
 
-    cost: float
+    cost_there: Float[Tensor, ""]
+    """Where it was computed: what is not looked at is not waited for."""
     points_in_world: Float[Tensor, "n m 3"]
     pair_points_in_world: Float[Tensor, "2 e m 3"]
     irls_weights: Float[Tensor, "2 e m"]
     distances: Float[Tensor, " e"]
     """Mean residual of each pair."""
+
+    @property
+    def cost(self) -> float:
+        return float(self.cost_there)
 
 
 def focused_rays(problem: Problem, state: State) -> Float[Tensor, "n m 3"]:
@@ -110,7 +115,7 @@ def evaluate(problem: Problem, state: State) -> Evaluation:
     distances = (observations.weights * residuals).sum(dim=(0, 2)) / total
     belief = 1 / (1 + distances / problem.outlier_distance)
     cost = (total * distances * belief).sum().double() / total.sum()
-    cost = float(cost + 0.5 * (focal_weights(problem) * state.focal.log().square()).sum())
+    cost = cost + 0.5 * (focal_weights(problem) * state.focal.log().square()).sum()
     # The derivative of f / (1 + f / c) is belief squared.
     weights = observations.weights * (belief.square() / total.sum())[:, None] / residuals.clamp(min=MIN_RESIDUAL)
     weights = weights / scales.square()  # for residuals in the world's unit

@@ -56,20 +56,21 @@ def minimize_robustly(
 def minimize(problem: Problem, state: State, max_iters: int, min_improvement: float) -> tuple[State, Evaluation]:
     """The state of least cost near a start, by damped Gauss-Newton steps and depths in turn, until it settles."""
     evaluation = evaluate(problem, state)
+    cost = evaluation.cost
     equations, damping, num_stalled = normal_equations(problem, state, evaluation), 1e-3, 0
     for _ in range(max_iters):
         trial = moved(problem, state, equations.solve(damping))
         trial = refine_depth(problem, trial, evaluate(problem, trial))
         trial_evaluation = evaluate(problem, trial)
-        if not trial_evaluation.cost < evaluation.cost:
+        trial_cost = trial_evaluation.cost
+        if not trial_cost < cost:
             damping *= 10
             if damping > MAX_DAMPING:
                 break
             continue
-        least = min_improvement * evaluation.cost + ROUNDING
-        is_small = evaluation.cost - trial_evaluation.cost < least
+        is_small = cost - trial_cost < min_improvement * cost + ROUNDING
         num_stalled = num_stalled + 1 if is_small else 0
-        state, evaluation, damping = trial, trial_evaluation, max(damping / 5, 1e-9)
+        state, evaluation, cost, damping = trial, trial_evaluation, trial_cost, max(damping / 5, 1e-9)
         if num_stalled == 3:
             break
         equations = normal_equations(problem, state, evaluation)

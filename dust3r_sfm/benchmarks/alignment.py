@@ -22,7 +22,7 @@ from itertools import permutations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dust3r_sfm.align_scene import alignment_device
@@ -47,6 +47,8 @@ NOISE_M = 0.01
 BASE_SCALE = 0.5
 """Geometric mean of the pairs' scales in the published objective."""
 FOCAL_BREAK = 20.0
+PAIRS_AT_ONCE = 16
+"""In a step of Adam."""
 
 
 class AlignmentFigures(NamedTuple):
@@ -87,10 +89,10 @@ def main(
     n, h, w = (given or default for given, default in zip((num_images, height, width), usual, strict=True))
     views, predictions, truth = synthetic_predictions(n, (h, w), device)
     if device.type == "cuda":  # loads the kernels; the figures are of the second time
-        _align(views, predictions, config)
+        align_timed(views, predictions, config)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    aligned = _align(views, predictions, config)
+    aligned = align_timed(views, predictions, config)
     whole = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else _peak_of_process()
     objective = Published(views, predictions, aligned.observations)
@@ -103,6 +105,8 @@ def main(
         None,
         float(all_pairs_errors_deg(inverse(aligned.state.world_from_cam).cpu(), truth)[0].max()),
     )
+    if profile:
+        print(_profile(views, predictions, config))
     if reference_iters > 0:
         start = time.perf_counter()
         value = objective.descend(aligned.start, reference_iters)
@@ -110,21 +114,19 @@ def main(
     _report(figures, n, (h, w), reference_iters)
     if whole:
         logger.info("%.2f GB at most with the predictions.", whole / 1e9)
-    if profile:
-        print(_profile(views, predictions, config))
     return figures
 
 
 def _profile(views: Sequence[View], predictions: dict[Pair, PairPrediction], config: AlignConfig) -> str:
     """Tables of kernels, where there are any, and of operations on the host."""
     with torch.profiler.profile() as profiler:
-        _align(views, predictions, config)
+        align_timed(views, predictions, config)
     averages = profiler.key_averages()
     keys = ["self_cpu_time_total"] + ["self_device_time_total"] * torch.cuda.is_available()
     return "\n".join(averages.table(sort_by=key, row_limit=15, max_name_column_width=60) for key in keys)
 
 
-class _Aligned(NamedTuple):
+class Aligned(NamedTuple):
     observations: Observations
     start: State
     state: State
@@ -132,7 +134,7 @@ class _Aligned(NamedTuple):
     """Of the start, with the sampling; of the optimisation; of the depths of all pixels."""
 
 
-def _align(views: Sequence[View], predictions: dict[Pair, PairPrediction], config: AlignConfig) -> _Aligned:
+def align_timed(views: Sequence[View], predictions: dict[Pair, PairPrediction], config: AlignConfig) -> Aligned:
     times = [_now()]
     observations = stack_samples(views, sample_pairs(views, predictions, config.max_samples), config.max_samples)
     start_problem, start, _ = start_component(observations, cameras_of_views(views))
@@ -143,7 +145,7 @@ def _align(views: Sequence[View], predictions: dict[Pair, PairPrediction], confi
     fuse_depths(views, predictions, observations, state, belief, _intrinsics(views, state))
     times.append(_now())
     seconds = tuple(after - before for before, after in zip(times[:-1], times[1:], strict=True))
-    return _Aligned(observations, start, state, seconds)
+    return Aligned(observations, start, state, seconds)
 
 
 def synthetic_predictions(
@@ -208,7 +210,7 @@ class Published:
         height, width = views[0].size
         grid = pixel_grid(height, width, device=observations.points.device)
         self.pixels = (grid - torch.tensor([width / 2, height / 2], device=grid.device)).flatten(0, 1)
-        self.images = observations.images.tolist()
+        self.images, self.pairs = observations.images.cpu(), observations.pairs
 
     def value(self, state: State) -> float:
         """With the depths that suit it best."""
@@ -252,31 +254,34 @@ class Published:
         }
 
     def _loss(self, p: dict[str, Tensor], backward: bool = False) -> Float[Tensor, ""]:
-        """With `backward` gradients are added up pair by pair, so that one pair's pixels are in memory at a time."""
+        """With `backward` gradients are added up image by image, so that few pairs' pixels are in memory at a time."""
         total = p["depth"].new_zeros(())
-        area = len(self.images[0]) * len(self.pixels)
-        for e, pair in enumerate(self.observations.pairs):
-            prediction = self.predictions[pair]
-            sides = (
-                (self.images[0][e], prediction.pointmap0_in_cam0, prediction.confidence0),
-                (self.images[1][e], prediction.pointmap1_in_cam0, prediction.confidence1),
-            )
-            loss = sum(self._side(p, e, *side) for side in sides) / area
-            if backward:
-                loss.backward()
-            total = total + loss.detach()
+        area = len(self.pairs) * len(self.pixels)
+        for n in range(len(self.views)):
+            edges = (self.images[0] == n).nonzero()[:, 0]
+            for some in edges.split(PAIRS_AT_ONCE) if len(edges) else ():
+                loss = sum(self._side(p, some, side) for side in (0, 1)) / area
+                if backward:
+                    loss.backward()
+                total = total + loss.detach()
         return total
 
-    def _side(self, p: dict[str, Tensor], e: int, n: int, pointmap: Tensor, confidence: Tensor) -> Float[Tensor, ""]:
-        depth, focal = p["depth"][n].exp(), (p["focal"][n] / FOCAL_BREAK).exp()
-        in_cam = torch.cat([depth[:, None] * self.pixels / focal, depth[:, None]], dim=-1)
+    def _side(self, p: dict[str, Tensor], edges: Int[Tensor, " k"], side: int) -> Float[Tensor, ""]:
+        predictions = [self.predictions[self.pairs[e]] for e in edges.tolist()]
+        names = ("pointmap0_in_cam0", "confidence0") if side == 0 else ("pointmap1_in_cam0", "confidence1")
+        pointmaps, confidences = (torch.stack([getattr(x, name) for x in predictions]).flatten(1, 2) for name in names)
+        edges = edges.to(pointmaps.device)
+        n = self.images[side].to(edges.device)[edges]
+        n = n[:1] if side == 0 else n  # the same for all
+        depth, focal = p["depth"][n].exp()[..., None], (p["focal"][n] / FOCAL_BREAK).exp()[:, None, None]
+        in_cam = torch.cat([depth * self.pixels / focal, depth], dim=-1)
         cam = rotation_from_quaternion(torch.nn.functional.normalize(p["cam_quaternion"][n], dim=-1))
-        chi = in_cam @ cam.T + _signed_expm1(p["cam_translation"][n])
-        scale = (p["pair_scale"][e] - p["pair_scale"].mean()).exp() * BASE_SCALE
-        rotation = rotation_from_quaternion(torch.nn.functional.normalize(p["pair_quaternion"][e], dim=-1))
-        target = pointmap.float().flatten(0, 1) @ rotation.T + _signed_expm1(p["pair_translation"][e])
-        distance = (chi - scale * target).square().sum(dim=-1).clamp(min=1e-20).sqrt()
-        return (confidence.float().flatten().log() * distance).sum()
+        chi = in_cam @ cam.mT + _signed_expm1(p["cam_translation"][n])[:, None]
+        scale = (p["pair_scale"][edges] - p["pair_scale"].mean()).exp() * BASE_SCALE
+        rotation = rotation_from_quaternion(torch.nn.functional.normalize(p["pair_quaternion"][edges], dim=-1))
+        target = pointmaps.float() @ rotation.mT + _signed_expm1(p["pair_translation"][edges])[:, None]
+        distance = (chi - scale[:, None, None] * target).square().sum(dim=-1).clamp(min=1e-20).sqrt()
+        return (confidences.float().log() * distance).sum()
 
 
 def _intrinsics(views: Sequence[View], state: State) -> Float[Tensor, "n 3 3"]:

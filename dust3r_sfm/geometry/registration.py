@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from dust3r_sfm.geometry.statistics import weighted_median
-from dust3r_sfm.geometry.transforms import determinant, rigid_transform
+from dust3r_sfm.geometry.transforms import rigid_transform, rotation_from_quaternion
+
+NUM_SQUARINGS = 30
+"""Rotations are told from those that explain less by one part in 2^27."""
 
 
 def register_similarity(
@@ -32,17 +37,39 @@ def register_similarity(
     source_variance = (weights * source.square()).sum(dim=(-2, -1))  # eq. 36
     covariance = (weights * target).mT @ source  # eq. 38
     valid = covariance.isfinite().flatten(-2).all(dim=-1) & (total > 0)
-    # The decomposition raises on NaN: those of the batch get an identity here and NaN in the end.
-    eye = torch.eye(3, dtype=source.dtype, device=source.device)
-    U, D, Vh = torch.linalg.svd(torch.where(valid[..., None, None], covariance, eye))
-    mirrored = determinant(U) * determinant(Vh) < 0
-    S = torch.ones_like(D)
-    S[..., 2] = torch.where(mirrored, -1.0, 1.0)  # S matrix, eq. 43
-    rotation = torch.where(valid[..., None, None], (U * S[..., None, :]) @ Vh, torch.nan)  # eq. 40
-    scale = (D * S).sum(dim=-1) / source_variance if with_scale else torch.ones_like(source_variance)  # eq. 42
+    rotation = _nearest_rotation(torch.where(valid[..., None, None], covariance, 0)).to(source.dtype)
+    rotation = torch.where(valid[..., None, None], rotation, torch.nan)
+    explained = (rotation * covariance).sum(dim=(-2, -1))  # tr(D S), eq. 42
+    scale = explained / source_variance if with_scale else torch.ones_like(source_variance)
     scale = torch.where(valid, scale, torch.nan)
     translation = target_mean - scale[..., None] * (rotation @ source_mean[..., None])[..., 0]  # eq. 41
     return scale, rotation, translation
+
+
+def _nearest_rotation(covariance: Float[Tensor, "*b 3 3"]) -> Float64[Tensor, "*b 3 3"]:
+    """The rotation R of largest tr(R^T covariance); one of them where there are several.
+
+    Its quaternion is the eigenvector of the largest eigenvalue of Davenport's matrix (Horn, JOSA A 1987), which is all
+    that is left of the matrix after it was squared often enough. Decompositions of many small matrices take a GPU long.
+    """
+    C = covariance.double()
+    wx, wy, wz = C[..., 2, 1] - C[..., 1, 2], C[..., 0, 2] - C[..., 2, 0], C[..., 1, 0] - C[..., 0, 1]
+    xx, yy, zz = C.diagonal(dim1=-2, dim2=-1).unbind(-1)
+    xy, xz, yz = C[..., 0, 1] + C[..., 1, 0], C[..., 0, 2] + C[..., 2, 0], C[..., 1, 2] + C[..., 2, 1]
+    rows = [
+        [xx + yy + zz, wx, wy, wz],
+        [wx, xx - yy - zz, xy, xz],
+        [wy, xy, yy - xx - zz, yz],
+        [wz, xz, yz, zz - xx - yy],
+    ]
+    matrix = torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+    bound = math.sqrt(3) * torch.linalg.matrix_norm(C).clamp(min=torch.finfo(C.dtype).tiny)[..., None, None]
+    matrix = matrix / bound + torch.eye(4, dtype=C.dtype, device=C.device)  # eigenvalues of 0 to 2
+    for _ in range(NUM_SQUARINGS):
+        matrix = matrix @ matrix
+        matrix = matrix / matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
+    column = matrix.diagonal(dim1=-2, dim2=-1).argmax(dim=-1)[..., None, None]
+    return rotation_from_quaternion(torch.take_along_dim(matrix, column, dim=-1)[..., 0])
 
 
 def similarity_matrix(

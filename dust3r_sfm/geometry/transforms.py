@@ -12,7 +12,8 @@ from torch import Tensor
 def rigid_transform(rotation: Float[Tensor, "*b 3 3"], translation: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 4 4"]:
     """The 4x4 matrix that takes x to rotation @ x + translation."""
     top = torch.cat([rotation, translation[..., None]], dim=-1)
-    bottom = top.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(*top.shape[:-2], 1, 4)
+    bottom = torch.zeros_like(top[..., :1, :])
+    bottom[..., 3] = 1  # made where it is needed: a copy from the host would wait for the device
     return torch.cat([top, bottom], dim=-2)
 
 
