@@ -7,7 +7,9 @@ filled shard by shard, each shard a file, and the shards are merged; a killed ru
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +42,7 @@ class IndexConfig:
     """Dimensions that are left by the principal components, before quantisation."""
     code_bytes: int = 64
     """Bytes that a descriptor is stored in."""
-    num_candidates: int = 100
+    num_candidates: int = 80
     """Neighbours by the codes that are compared exactly; at least four times what is asked for."""
     training_rows: int = 131_072
     """At most so many rows, evenly spread, train the index; a list is given at least 39 of them where there are."""
@@ -100,13 +102,19 @@ def search_index(
 
 def rank_again(queries: Float[Tensor, "q d"], candidates: Int[Tensor, "q c"], database: Rows, k: int) -> Neighbors:
     """The k best candidates of each query by exact cosine; candidates of index -1 are none."""
-    scores = torch.empty(candidates.shape)
-    for query, places, row in zip(queries, candidates.clamp(min=0).numpy(), scores, strict=True):
-        rows = torch.from_numpy(np.asarray(database[places])).to(torch.float32)  # one query's: they stay in the cache
-        row.copy_(rows @ query / torch.linalg.vector_norm(rows, dim=1).clamp(min=1e-12))
+    # a query's rows stay in the cache; threads of our own, as those of a product wait for each other at every query
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        rows = pool.map(partial(_cosines, database), queries.numpy(), candidates.clamp(min=0).numpy())
+        scores = torch.from_numpy(np.stack(list(rows))) if len(queries) else torch.empty(candidates.shape)
     scores = scores.masked_fill(candidates < 0, -torch.inf)
     best = scores.topk(min(k, scores.shape[1]), dim=1)
     return Neighbors(candidates.gather(1, best.indices), best.values)
+
+
+def _cosines(database: Rows, query: Float[np.ndarray, " d"], places: Int[np.ndarray, " c"]) -> Float[np.ndarray, " c"]:
+    rows = np.asarray(database[places], dtype=np.float32)
+    lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    return np.einsum("ij,j->i", rows, query) / np.maximum(lengths, 1e-12)
 
 
 def _train(database: Rows, config: IndexConfig) -> faiss.Index:
