@@ -20,6 +20,7 @@ from dust3r_sfm.alignment.align import AlignConfig
 from dust3r_sfm.alignment.refine import refine
 from dust3r_sfm.alignment.tracks import build_tracks
 from dust3r_sfm.benchmarks.scale import SPACING_M, Survey, measure
+from dust3r_sfm.engine import EngineConfig
 from dust3r_sfm.evaluate import markdown_table
 from dust3r_sfm.formats.colmap import colmap_from_scene
 from dust3r_sfm.geometry.camera import pixel_grid, project
@@ -72,7 +73,7 @@ def main(
 
 
 def _measure(n: int, num_neighbors: int, config: AlignConfig) -> AdjustmentFigures:
-    aligned = measure(n, num_neighbors, config)
+    aligned = measure(n, num_neighbors, config, EngineConfig())
     survey = Survey(n, num_neighbors, torch.device("cpu"))
     views, matches = _photos(survey), _matches(survey)
     start = time.perf_counter()
