@@ -65,9 +65,10 @@ def _nearest_rotation(covariance: Float[Tensor, "*b 3 3"]) -> Float64[Tensor, "*
     matrix = torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
     bound = math.sqrt(3) * torch.linalg.matrix_norm(C).clamp(min=torch.finfo(C.dtype).tiny)[..., None, None]
     matrix = matrix / bound + torch.eye(4, dtype=C.dtype, device=C.device)  # eigenvalues of 0 to 2
-    for _ in range(NUM_SQUARINGS):
+    for i in range(NUM_SQUARINGS):
         matrix = matrix @ matrix
-        matrix = matrix / matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
+        if i % 5 == 4:  # as rarely as numbers stay in range
+            matrix = matrix / matrix.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
     column = matrix.diagonal(dim1=-2, dim2=-1).argmax(dim=-1)[..., None, None]
     return rotation_from_quaternion(torch.take_along_dim(matrix, column, dim=-1)[..., 0])
 
