@@ -7,9 +7,12 @@ global-feats.h5. With hloc installed its own stages run on them:
 
     hloc.reconstruction.main(sfm_dir, images, pairs, feats, matches)
     hloc.triangulation.main(sfm_dir, sparse, images, pairs, feats, matches, estimate_two_view_geometries=True)
+    hloc.localize_sfm.main(sfm_dir, queries_with_intrinsics, pairs_queries, feats, matches, results)
+
+The last of these after `dust3r-sfm match-queries`, which adds the queries to the files.
 
 `dust3r_sfm.register_with_hloc()` adds our descriptor and matcher to hloc's own, for its stages to call.
-Without the last argument above pycolmap 4.2.1 passes over the pairs that hloc writes, and the model has no points.
+Without the last argument of the triangulation pycolmap 4.2.1 passes over the pairs that hloc writes, and the model has no points.
 """
 
 import sys
