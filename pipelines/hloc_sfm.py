@@ -12,7 +12,7 @@ global-feats.h5. With hloc installed its own stages run on them:
 The last of these after `dust3r-sfm match-queries`, which adds the queries to the files.
 
 `dust3r_sfm.register_with_hloc()` adds our descriptor and matcher to hloc's own, for its stages to call.
-Without the last argument of the triangulation pycolmap 4.2.1 passes over the pairs that hloc writes, and the model has no points.
+Without the last argument of the triangulation pycolmap 4.2.1 passes over the pairs that hloc writes: no points.
 """
 
 import sys
