@@ -19,7 +19,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -100,8 +100,14 @@ def match_batch(
     surfaces = [[_surface(prediction, k, masks[k], config) for k in (0, 1)]]
     if reverse is not None:
         surfaces.append([_surface(reverse, 1 - k, masks[k], config) for k in (0, 1)])
-    side0, side1 = (_match_anchors([(s[k], s[1 - k]) for s in surfaces], config) for k in (0, 1))
-    return side0, side1
+    of0, of1 = (_joined([surface[k] for surface in surfaces]) for k in (0, 1))
+    if of0.usable.shape == of1.usable.shape:
+        # both ways at once: a GPU takes as long to start a small kernel as to run it
+        both = _joined([of0, of1])
+        found0, found1 = zip(*(x.chunk(2) for x in _follow(both, both, config, _swapped)), strict=True)
+    else:
+        found0, found1 = _follow(of0, of1, config), _follow(of1, of0, config)
+    return _agreed(of0, *found0, len(surfaces), config), _agreed(of1, *found1, len(surfaces), config)
 
 
 def matches_of(sides: tuple[AnchorMatches, AnchorMatches], index: int) -> Matches:
@@ -252,28 +258,47 @@ def _surface(prediction: PairPrediction, side: int, mask: Tensor | None, config:
     return _Side(points, usable & inside, confidence)
 
 
-def _match_anchors(directions: Sequence[tuple[_Side, _Side]], config: MatchConfig) -> AnchorMatches:
-    """What the anchors of the first image find in the second; a pair of surfaces a direction."""
-    first = directions[0][0]
-    pixels = anchor_pixels(*first.usable.shape[1:], config, first.points.device)
-    keypoints, scores = (torch.stack(x) for x in zip(*(_follow(pixels, *d, config) for d in directions), strict=True))
+def _joined(sides: Sequence[_Side]) -> _Side:
+    """Several batches as one."""
+    return _Side(*(torch.cat([getattr(side, field.name) for side in sides]) for field in fields(_Side)))
+
+
+def _swapped(values: Tensor) -> Tensor:
+    """The first half of a batch in place of the second."""
+    return values.roll(len(values) // 2, dims=0)
+
+
+def _agreed(
+    side: _Side, keypoints: Float[Tensor, "n a 2"], scores: Float[Tensor, "n a"], directions: int, config: MatchConfig
+) -> AnchorMatches:
+    """What the anchors of an image find, from what they find in each of the directions that were predicted."""
+    keypoints, scores = (x.unflatten(0, (directions, -1)) for x in (keypoints, scores))
     best = scores.argmax(dim=0, keepdim=True)
     match = torch.take_along_dim(keypoints, best[..., None], dim=0)
     agreeing = scores * ((keypoints - match).norm(dim=-1) <= AGREEMENT * config.max_error_px)
     score = agreeing.sum(dim=0)
     match = (agreeing[..., None] * keypoints).sum(dim=0) / torch.where(score > 0, score, 1)[..., None]
-    return AnchorMatches(pixels.flip(-1) + 0.5, match, score)
+    return AnchorMatches(_anchors_of(side, config).flip(-1) + 0.5, match, score)
+
+
+def _anchors_of(side: _Side, config: MatchConfig) -> Int[Tensor, "a 2"]:
+    return anchor_pixels(*side.usable.shape[1:], config, side.points.device)
 
 
 def _follow(
-    pixels: Int[Tensor, "a 2"], source: _Side, target: _Side, config: MatchConfig
+    source: _Side, target: _Side, config: MatchConfig, across: Callable[[Tensor], Tensor] = lambda values: values
 ) -> tuple[Float[Tensor, "b a 2"], Float[Tensor, "b a"]]:
-    """For each anchor of the source image its pixel (x, y) in the target image and a score; 0 where there is none."""
-    rows, columns = (x.expand(len(source.points), -1) for x in pixels.unbind(dim=1))
+    """For each anchor of the source image its pixel (x, y) in the target image and a score; 0 where there is none.
+
+    `across` puts values of a source in the place of its target, and back.
+    """
+    rows, columns = (x.expand(len(source.points), -1) for x in _anchors_of(source, config).unbind(dim=1))
     anchors = torch.stack([columns, rows], dim=-1) + 0.5
     points = at_pixels(source.points, rows, columns)
-    asked = at_pixels(source.usable, rows, columns) & target.usable.flatten(1).any(dim=1)[:, None]
-    there, nearest = nearest_on_surface(points, asked, target)
+    asked = at_pixels(source.usable, rows, columns) & across(target.usable.flatten(1).any(dim=1))[:, None]
+    found, surface_points = nearest_on_surface(across(points), across(asked), target)
+    confidence1 = across(at_pixels(target.confidence, found[..., 1].long(), found[..., 0].long()))
+    there, nearest = across(found), across(surface_points)
     back, _ = nearest_on_surface(nearest, asked, source)
     kept = asked & ((back - anchors).norm(dim=-1) <= config.max_error_px)
     pixel_width = torch.stack(pixel_steps(source.points, rows, columns)).norm(dim=-1).mean(dim=0)
@@ -281,7 +306,6 @@ def _follow(
     usual = torch.where(kept, gap, torch.nan).nanmedian(dim=1, keepdim=True).values
     kept &= gap <= (GAP_RATIO * usual).clamp(min=1)
     confidence0 = at_pixels(source.confidence, rows, columns)
-    confidence1 = at_pixels(target.confidence, there[..., 1].long(), there[..., 0].long())
     scores = torch.where(kept, (confidence0 * confidence1).sqrt(), 0)
     return torch.where(kept[..., None], there, 0), scores
 
