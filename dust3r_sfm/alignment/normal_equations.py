@@ -152,10 +152,10 @@ def normal_equations(problem: Problem, state: State, evaluation: Evaluation) -> 
     cam_linear, centers = state.world_from_cam[:, :3, :3].float(), state.world_from_cam[:, :3, 3].float()
     rays = focused_rays(problem, state) @ cam_linear.mT
     origins = state.world_from_pair[:, :3, 3].float()
-    H, g, C = [], [], []
+    H, g, C = [], [], rays.new_empty(*evaluation.irls_weights.shape, CAMERA_DOF + PAIR_DOF)
     D, g_d = torch.zeros_like(state.depth), torch.zeros_like(state.depth)
     at_once = max(1, POINTS_AT_ONCE // (2 * state.depth.shape[1]))
-    for e in torch.arange(images.shape[1], device=images.device).split(at_once):
+    for e in (slice(first, first + at_once) for first in range(0, images.shape[1], at_once)):
         i = images[:, e]
         points, weights = evaluation.points_in_world[i], evaluation.irls_weights[:, e]
         residuals = points - evaluation.pair_points_in_world[:, e]
@@ -164,7 +164,7 @@ def normal_equations(problem: Problem, state: State, evaluation: Evaluation) -> 
         H.append((weighted.mT @ J.flatten(2, 3)).double())
         g.append((weighted.mT @ residuals.flatten(2, 3)[..., None])[..., 0].double())
         weighted_rays = rays[i] * weights[..., None]
-        C.append((weighted_rays[..., None, :] @ J)[..., 0, :])
+        C[:, e] = (weighted_rays[..., None, :] @ J)[..., 0, :]
         D.index_add_(0, i.flatten(), (weighted_rays * rays[i]).sum(dim=-1).flatten(0, 1))
         g_d.index_add_(0, i.flatten(), (weighted_rays * residuals).sum(dim=-1).flatten(0, 1))
     H, g = torch.cat(H, dim=1), torch.cat(g, dim=1)
@@ -183,7 +183,7 @@ def normal_equations(problem: Problem, state: State, evaluation: Evaluation) -> 
         H_e=H[..., CAMERA_DOF:, CAMERA_DOF:].sum(dim=0),
         g_i=g_i,
         g_e=g[..., CAMERA_DOF:].sum(dim=0),
-        C=torch.cat(C, dim=1),
+        C=C,
         D=D,
         g_d=g_d,
     )

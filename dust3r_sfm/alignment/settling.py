@@ -1,8 +1,8 @@
-"""The last digits of an alignment, over many more pixels than cameras were sought with.
+"""The last digits of an alignment, over many more pixels than it was sought with.
 
-The depth of each pixel, the similarity of each pair and the pose of each camera are closed forms of the other two: in
-turns they lower the objective of `alignment.objective` with every turn, without any equations to be kept. What is left
-to lower is what single pairs and cameras have to gain, which does not take many turns.
+What few pixels leave to lower is first of all what single pairs and cameras have to gain: the depth of each pixel, the
+similarity of each pair and the pose of each camera are closed forms of the other two, which lower the objective of
+`alignment.objective` each. Two Gauss-Newton steps then do what they have to gain together.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from torch import Tensor
 
 from dust3r_sfm.alignment.objective import FOCAL_INDEX, Evaluation, Problem, State, evaluate, focused_rays, refine_depth
 from dust3r_sfm.alignment.observations import Observations, SparseGrid, sample_pairs, stack_samples
+from dust3r_sfm.alignment.optimization import minimize
 from dust3r_sfm.geometry.registration import register_similarity, similarity_matrix
 from dust3r_sfm.geometry.transforms import inverse
 from dust3r_sfm.pairs import Predictions, SomePredictions
 from dust3r_sfm.views import View
 
-MAX_SAMPLES_PER_IMAGE = 25_000
-MAX_SAMPLES_IN_ALL = 12_000_000
-"""Over both sides of all pairs; 80 bytes each."""
+MAX_SAMPLES_PER_IMAGE = {"cuda": 25_000}
+MAX_SAMPLES_PER_IMAGE_ELSEWHERE = 6_000
+MAX_SAMPLES_IN_ALL = {"cuda": 12_000_000}
+MAX_SAMPLES_IN_ALL_ELSEWHERE = 6_000_000
+"""Over both sides of all pairs; 140 bytes each."""
 MIN_GAIN = 2
 """How many times more pixels make it worthwhile."""
 NUM_DEPTH_TURNS = 4
-NUM_TURNS = 3
+NUM_STEPS = 2
 TINY = 1e-20
 
 
@@ -35,7 +38,10 @@ def finer_observations(
     views: Sequence[View], predictions: Predictions, observations: Observations
 ) -> Observations | None:
     """The same pairs on a finer grid, in the same units; None where the predictions have none that is much finer."""
-    most = min(MAX_SAMPLES_PER_IMAGE, MAX_SAMPLES_IN_ALL // (2 * len(observations.pairs)))
+    device = observations.points.device.type
+    in_all = MAX_SAMPLES_IN_ALL.get(device, MAX_SAMPLES_IN_ALL_ELSEWHERE)
+    most = MAX_SAMPLES_PER_IMAGE.get(device, MAX_SAMPLES_PER_IMAGE_ELSEWHERE)
+    most = max(1, min(most, in_all // (2 * len(observations.pairs))))
     grids = [SparseGrid.of(grid.size, most, grid.base) for grid in observations.grids]
     if _num_samples(grids) < MIN_GAIN * _num_samples(observations.grids):
         return None
@@ -52,14 +58,13 @@ def _num_samples(grids: Sequence[SparseGrid]) -> int:
 
 
 def settle(problem: Problem, state: State) -> State:
-    """A state of lower cost: similarities, poses and depths in turns; depths are found anew, focals stay."""
+    """A state of lower cost near one that was sought over fewer pixels; depths are found anew."""
     state = replace(state, depth=torch.ones_like(problem.rays[..., 0]))
     for _ in range(NUM_DEPTH_TURNS):
         state = refine_depth(problem, state, evaluate(problem, state))
-    for _ in range(NUM_TURNS):
-        for refine in (refine_pairs, refine_poses, refine_depth):
-            state = refine(problem, state, evaluate(problem, state))
-    return state
+    for refine in (refine_pairs, refine_poses, refine_depth):
+        state = refine(problem, state, evaluate(problem, state))
+    return minimize(problem, state, max_iters=NUM_STEPS, min_improvement=0.0)[0]
 
 
 def refine_pairs(problem: Problem, state: State, evaluation: Evaluation) -> State:
