@@ -219,9 +219,8 @@ def _add_points(
     points, colors = tracks.points_in_world.cpu().double().numpy(), tracks.colors.cpu().numpy()
     before = 0
     for point_id, point, color, start, end in zip(point_ids, points, colors, [0, *ends][:-1], ends, strict=True):
-        if point_id != before + 1:  # COLMAP numbers on from the largest that it has had
-            reconstruction.add_point3D_with_id(point_id - 1, pycolmap.Point3D())
-            reconstruction.delete_point3D(point_id - 1)
+        for _ in range(before + 1, point_id):  # COLMAP numbers on from the last that it has had
+            reconstruction.delete_point3D(reconstruction.add_point3D(point, pycolmap.Track()))
         before = reconstruction.add_point3D(point, pycolmap.Track(elements[start:end]), color)
 
 
