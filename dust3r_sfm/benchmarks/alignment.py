@@ -22,7 +22,7 @@ from itertools import permutations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from dust3r_sfm.align_scene import alignment_device
@@ -30,9 +30,10 @@ from dust3r_sfm.alignment.align import AlignConfig, fuse_depths, optimize, start
 from dust3r_sfm.alignment.cameras import cameras_of_views
 from dust3r_sfm.alignment.objective import State, pair_beliefs, pair_scales
 from dust3r_sfm.alignment.observations import Observations, sample_pairs, stack_samples
+from dust3r_sfm.benchmarks.published import Published, intrinsics
 from dust3r_sfm.geometry.camera import pixel_grid
 from dust3r_sfm.geometry.metrics import all_pairs_errors_deg
-from dust3r_sfm.geometry.transforms import inverse, quaternion_from_rotation, rotation_from_quaternion, transform_points
+from dust3r_sfm.geometry.transforms import inverse, transform_points
 from dust3r_sfm.pair_network import InferConfig
 from dust3r_sfm.pairs import Pair, PairPrediction
 from dust3r_sfm.views import View
@@ -44,11 +45,6 @@ ROOM = (4.0, 1.6, 4.0)
 PILLAR = (0.3, 0.8, 0.2, 0.7)
 """Radius and the x, y, z of the centre of a sphere in it."""
 NOISE_M = 0.01
-BASE_SCALE = 0.5
-"""Geometric mean of the pairs' scales in the published objective."""
-FOCAL_BREAK = 20.0
-PAIRS_AT_ONCE = 16
-"""In a step of Adam."""
 
 
 class AlignmentFigures(NamedTuple):
@@ -142,7 +138,7 @@ def align_timed(views: Sequence[View], predictions: dict[Pair, PairPrediction], 
     problem, state, evaluation = optimize(views, predictions, start_problem, start, config)
     times.append(_now())
     belief = pair_beliefs(problem, evaluation) / pair_scales(state.world_from_pair)
-    fuse_depths(views, predictions, observations, state, belief, _intrinsics(views, state))
+    fuse_depths(views, predictions, observations, state, belief, intrinsics(views, state))
     times.append(_now())
     seconds = tuple(after - before for before, after in zip(times[:-1], times[1:], strict=True))
     return Aligned(observations, start, state, seconds)
@@ -198,104 +194,6 @@ def _cast(cam_from_world: Float[Tensor, "4 4"], size: tuple[int, int]) -> Float[
     root = b.square() - a * (offset.square().sum() - radius**2)
     hit = torch.where(root > 0, (-b - root.clamp(min=0).sqrt()) / a, torch.inf)
     return center + torch.minimum(depth, torch.where(hit > 0, hit, torch.inf))[..., None] * rays
-
-
-class Published:
-    """The published objective over all pixels, of our states and under Adam."""
-
-    def __init__(
-        self, views: Sequence[View], predictions: dict[Pair, PairPrediction], observations: Observations
-    ) -> None:
-        self.views, self.predictions, self.observations = views, predictions, observations
-        height, width = views[0].size
-        grid = pixel_grid(height, width, device=observations.points.device)
-        self.pixels = (grid - torch.tensor([width / 2, height / 2], device=grid.device)).flatten(0, 1)
-        self.images, self.pairs = observations.images.cpu(), observations.pairs
-
-    def value(self, state: State) -> float:
-        """With the depths that suit it best."""
-        with torch.no_grad():
-            return float(self._loss(self._parameters(state)))
-
-    def descend(self, start: State, num_iters: int) -> float:
-        """The value after steps of Adam with the published rate (0.01, falling to 1e-6 along a cosine)."""
-        parameters = self._parameters(start)
-        parameters = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-        adam = torch.optim.Adam(list(parameters.values()), lr=0.01, betas=(0.9, 0.9))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, num_iters, eta_min=1e-6)
-        for _ in range(num_iters):
-            adam.zero_grad()
-            self._loss(parameters, backward=True)
-            adam.step()
-            schedule.step()
-        with torch.no_grad():
-            return float(self._loss(parameters))
-
-    def _parameters(self, state: State) -> dict[str, Tensor]:
-        """As published: quaternions, logarithms of focals, depths, scales, and of signed translations."""
-        K = _intrinsics(self.views, state)
-        equal = torch.ones_like(self.observations.units)  # as the published objective has it
-        depths, _ = fuse_depths(self.views, self.predictions, self.observations, state, equal, K)
-        from_raw = state.world_from_pair.clone()
-        from_raw[:, :3, :3] /= self.observations.units[:, None, None]
-        scale = pair_scales(from_raw)
-        unit = BASE_SCALE / scale.log().mean().exp()  # the world's, in which the pairs' scales are as asked for
-        rotations = [state.world_from_cam[:, :3, :3], from_raw[:, :3, :3] / scale[:, None, None]]
-        centers = unit * state.world_from_cam[:, :3, 3]
-        shifts = from_raw[:, :3, 3] / scale[:, None]
-        return {
-            "cam_quaternion": quaternion_from_rotation(rotations[0]).float(),
-            "cam_translation": _signed_log1p(centers).float(),
-            "pair_quaternion": quaternion_from_rotation(rotations[1]).float(),
-            "pair_translation": _signed_log1p(shifts).float(),
-            "pair_scale": scale.log().float(),
-            "focal": (FOCAL_BREAK * K[:, 0, 0].log()).float().to(scale.device),
-            "depth": (torch.stack(depths).flatten(1) * float(unit)).clamp(min=1e-6).log(),
-        }
-
-    def _loss(self, p: dict[str, Tensor], backward: bool = False) -> Float[Tensor, ""]:
-        """With `backward` gradients are added up image by image, so that few pairs' pixels are in memory at a time."""
-        total = p["depth"].new_zeros(())
-        area = len(self.pairs) * len(self.pixels)
-        for n in range(len(self.views)):
-            edges = (self.images[0] == n).nonzero()[:, 0]
-            for some in edges.split(PAIRS_AT_ONCE) if len(edges) else ():
-                loss = sum(self._side(p, some, side) for side in (0, 1)) / area
-                if backward:
-                    loss.backward()
-                total = total + loss.detach()
-        return total
-
-    def _side(self, p: dict[str, Tensor], edges: Int[Tensor, " k"], side: int) -> Float[Tensor, ""]:
-        predictions = [self.predictions[self.pairs[e]] for e in edges.tolist()]
-        names = ("pointmap0_in_cam0", "confidence0") if side == 0 else ("pointmap1_in_cam0", "confidence1")
-        pointmaps, confidences = (torch.stack([getattr(x, name) for x in predictions]).flatten(1, 2) for name in names)
-        edges = edges.to(pointmaps.device)
-        n = self.images[side].to(edges.device)[edges]
-        n = n[:1] if side == 0 else n  # the same for all
-        depth, focal = p["depth"][n].exp()[..., None], (p["focal"][n] / FOCAL_BREAK).exp()[:, None, None]
-        in_cam = torch.cat([depth * self.pixels / focal, depth], dim=-1)
-        cam = rotation_from_quaternion(torch.nn.functional.normalize(p["cam_quaternion"][n], dim=-1))
-        chi = in_cam @ cam.mT + _signed_expm1(p["cam_translation"][n])[:, None]
-        scale = (p["pair_scale"][edges] - p["pair_scale"].mean()).exp() * BASE_SCALE
-        rotation = rotation_from_quaternion(torch.nn.functional.normalize(p["pair_quaternion"][edges], dim=-1))
-        target = pointmaps.float() @ rotation.mT + _signed_expm1(p["pair_translation"][edges])[:, None]
-        distance = (chi - scale[:, None, None] * target).square().sum(dim=-1).clamp(min=1e-20).sqrt()
-        return (confidences.float().log() * distance).sum()
-
-
-def _intrinsics(views: Sequence[View], state: State) -> Float[Tensor, "n 3 3"]:
-    K = cameras_of_views(views).base_K.clone()
-    K[:, :2, :2] *= state.focal.cpu()[:, None, None]
-    return K
-
-
-def _signed_log1p(x: Tensor) -> Tensor:
-    return x.sign() * x.abs().log1p()
-
-
-def _signed_expm1(x: Tensor) -> Tensor:
-    return x.sign() * x.abs().expm1()
 
 
 def _now() -> float:
