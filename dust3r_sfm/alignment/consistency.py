@@ -17,6 +17,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import breadth_first_order, minimum_spanning_tree
 from torch import Tensor
 
+from dust3r_sfm.alignment.agglomeration import joined_poses
+from dust3r_sfm.geometry.averaging import relation_distances
 from dust3r_sfm.geometry.transforms import inverse
 
 MAX_TRIANGLES = 20
@@ -64,26 +66,18 @@ def best_tree_poses(
     strength = shares.square() * scores.double().clamp(min=1e-12).sqrt()
     generator = torch.Generator().manual_seed(0)
     best, most = torch.zeros(0, 4, 4, dtype=torch.float64), -1.0
-    for i in range(NUM_TREES):
-        noise = torch.randn(len(strength), generator=generator, dtype=torch.float64) * (TREE_NOISE if i else 0.0)
-        poses = _chained(images, relations, strength * noise.exp(), n)
+    for i in range(NUM_TREES + 1):
+        if i < NUM_TREES:
+            noise = torch.randn(len(strength), generator=generator, dtype=torch.float64) * (TREE_NOISE if i else 0.0)
+            poses = _chained(images, relations, strength * noise.exp(), n)
+        else:
+            poses = joined_poses(images, relations, shares, strength, tolerance, n)
         expected = inverse(poses[images[1]]) @ poses[images[0]]
         differences = relation_distances(relations, expected)
         agreement = float((strength.sqrt() / (1 + (differences / tolerance).square())).sum())
         if agreement > most:
             best, most = poses, agreement
     return best
-
-
-def relation_distances(first: Float[Tensor, "e 4 4"], second: Float[Tensor, "e 4 4"]) -> Float[Tensor, " e"]:
-    """How far two similarities differ, in units of where they lead: mean distance of some points near the first image.
-
-    Relative to the smaller scale, so that what shrinks everything to a point agrees with nothing.
-    """
-    points = torch.tensor([[0.0, 0, 0, 1], [0.5, 0, 1, 1], [-0.25, 0.43, 1, 1], [-0.25, -0.43, 1, 1]])
-    difference = (first - second) @ points.to(first).T
-    scales = torch.minimum(*(x[:, :3, :3].square().sum(dim=(-2, -1)) / 3 for x in (first, second))).sqrt()
-    return difference[:, :3].norm(dim=1).mean(dim=-1) / scales.clamp(min=1e-9, max=1)
 
 
 def _triangles(low: list[int], high: list[int]) -> tuple[Int[Tensor, " t"], Int[Tensor, "t 2 2"]]:
@@ -119,12 +113,12 @@ def _oriented(relations: Float[Tensor, "e 4 4"], signed: Int[Tensor, " t"]) -> F
 
 
 def _typical(pair: Int[Tensor, " t"], values: Float[Tensor, " t"], num_pairs: int) -> float:
-    """The median over pairs of the lower quartile of each one's triangles."""
+    """What the triangles of right pairs differ by that are right: there may be few of either."""
     order = np.lexsort((values.numpy(), pair.numpy()))
     counts = torch.bincount(pair, minlength=num_pairs)
     first = counts.cumsum(0) - counts
     has_any = counts > 0
-    return float(values[torch.from_numpy(order)][(first + counts // 4)[has_any]].median())
+    return float(values[torch.from_numpy(order)][(first + counts // 8)[has_any]].quantile(0.3))
 
 
 def _chained(

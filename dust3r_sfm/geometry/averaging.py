@@ -52,6 +52,17 @@ def disagreement(target_from_source: Float[Tensor, "e 4 4"], expected: Float[Ten
     )
 
 
+def relation_distances(first: Float[Tensor, "e 4 4"], second: Float[Tensor, "e 4 4"]) -> Float[Tensor, " e"]:
+    """How far two similarities differ, in units of where they lead: mean distance of some points near the first image.
+
+    Relative to the smaller scale, so that what shrinks everything to a point agrees with nothing.
+    """
+    points = torch.tensor([[0.0, 0, 0, 1], [0.5, 0, 1, 1], [-0.25, 0.43, 1, 1], [-0.25, -0.43, 1, 1]])
+    difference = (first - second) @ points.to(first).T
+    scales = torch.minimum(*(x[:, :3, :3].square().sum(dim=(-2, -1)) / 3 for x in (first, second))).sqrt()
+    return difference[:, :3].norm(dim=1).mean(dim=-1) / scales.clamp(min=1e-9, max=1)
+
+
 def relative_to_frames(world_from_frame: Float[Tensor, "n 4 4"], images: Int[Tensor, "2 e"]) -> Float[Tensor, "e 4 4"]:
     """target_from_source of pairs (source, target) of frames."""
     return inverse(world_from_frame[images[1]]) @ world_from_frame[images[0]]

@@ -100,9 +100,9 @@ def test_clusters_without_a_usable_pair_are_a_sentence():
 
 
 def test_clusters_of_another_process_are_the_same_scene_with_the_views_again():
-    near = [(i, j) for i, j in permutations(range(12), 2) if abs(i - j) <= 3]
-    truth = make_scene(12, (16, 20), noise=0.01, pairs=near)
-    config = AlignConfig(max_cluster=8)
+    near = [(i, j) for i, j in permutations(range(8), 2) if abs(i - j) <= 3]
+    truth = make_scene(8, (16, 20), noise=0.01, pairs=near)
+    config = AlignConfig(max_cluster=6)
 
     def elsewhere(clusters):
         for index in reversed(range(len(clusters))):  # workers end in any order

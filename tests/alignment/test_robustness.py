@@ -8,7 +8,8 @@ import torch
 from procedural import _cast_view, make_scene
 
 from dust3r_sfm.alignment.align import align, align_components
-from dust3r_sfm.alignment.consistency import confirmed_shares
+from dust3r_sfm.alignment.consistency import best_tree_poses, confirmed_shares
+from dust3r_sfm.geometry.averaging import relation_distances
 from dust3r_sfm.geometry.metrics import all_pairs_errors_deg
 from dust3r_sfm.geometry.registration import register_similarity, similarity_matrix
 from dust3r_sfm.geometry.transforms import (
@@ -173,3 +174,22 @@ def _rays(K):
     y, x = torch.meshgrid(*(torch.arange(s, dtype=torch.float64) + 0.5 for s in SIZE), indexing="ij")
     pixels = torch.stack([x, y, torch.ones_like(x)], dim=-1).view(-1, 3)
     return pixels @ torch.linalg.inv(K).T
+
+
+@pytest.mark.parametrize(("n", "near", "share", "lost"), [(8, 8, 0.4, 0), (16, 16, 0.4, 0), (20, 5, 0.3, 1)])
+def test_images_start_right_while_groups_of_them_outvote_wrong_pairs(n, near, share, lost):
+    """Relations of images alone, where every image meets every other and in a sequence, whose ends have few pairs."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.stack([random_similarity(generator).double() for _ in range(n)])
+    edges = [(i, j) for i in range(n) for j in range(i + 1, min(n, i + near + 1))]
+    both = torch.tensor(edges + [edge[::-1] for edge in edges]).T
+    exact = inverse(truth[both[1]]) @ truth[both[0]]
+    for seed in range(5):
+        generator.manual_seed(seed)
+        relations = exact.clone()
+        for e in torch.randperm(len(edges), generator=generator)[: math.ceil(share * len(edges))].tolist():
+            relations[e] = random_similarity(generator).double() @ relations[e]
+            relations[e + len(edges)] = inverse(relations[e])
+        found = best_tree_poses(both, relations, torch.ones(len(relations)), n)
+        placed = truth[n // 2] @ inverse(found[n // 2]) @ found
+        assert int((relation_distances(placed, truth) > 0.01).sum()) <= lost
