@@ -52,7 +52,7 @@ SMALL = Dust3rConfig(
     dec_depth=8,
     dec_num_heads=4,
 )
-"""The shipped model's shape."""
+"""The shipped model's shape, but for XFeat's features, which `xfeat` adds."""
 TEXTURE_BLOCK = 20
 """Textures of one seed, by one thread."""
 SCENE_MARGIN = 1.5
@@ -71,7 +71,7 @@ class TrainConfig:
     """Weights to start from: "shipped", a file or a name; without it from scratch."""
     reshape: bool = False
     """Start a network of `model`'s shape, with all that fits by name from `init`; else init's own shape counts."""
-    stem: Path | None = None
+    xfeat: Path | None = None
     """XFeat's published checkpoint (xfeat.pt): let the network see its frozen features too, beside its own patches."""
     textures: Path | None = None
     """Folder of photos for textures, beside the generated ones."""
@@ -202,15 +202,14 @@ def _build(config: TrainConfig) -> Dust3r:
     torch.manual_seed(config.loop.seed)
     if config.init is None:
         model = Dust3r(config.model)
+        if model.stem is not None and config.xfeat is None:
+            raise InputError("a new network that is to see XFeat's features needs them: give --xfeat, or --init")
     else:
-        model = Dust3r.from_pretrained(None if config.init == "shipped" else config.init)
-        model.name = model.name.removeprefix("shipped ")  # they will no longer be
-        model = _reshaped(model, config.model) if config.reshape else model
-    if config.stem is not None:
-        return _with_xfeat(model, config.stem)
-    if config.init is None and model.stem is not None:
-        raise InputError("a network that sees XFeat's features needs them: give --stem, or --init with such a network")
-    return model
+        given = Dust3r.from_pretrained(None if config.init == "shipped" else config.init)
+        given.name = given.name.removeprefix("shipped ")  # they will no longer be
+        shape = dataclasses.replace(config.model, stem=given.config.stem)
+        model = _reshaped(given, shape) if config.reshape else given
+    return model if config.xfeat is None else _with_xfeat(model, config.xfeat)
 
 
 def _with_xfeat(model: Dust3r, path: Path) -> Dust3r:

@@ -11,12 +11,14 @@ import torch
 from depth_folders import write_rgbd
 from PIL import Image
 from procedural import make_scene
+from xfeat import write_xfeat
 
 from dust3r_sfm import plot_training
 from dust3r_sfm import train as train_stage
 from dust3r_sfm.__main__ import main
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.models.dust3r import Dust3r
+from dust3r_sfm.models.stem import read_xfeat
 from dust3r_sfm.train import TrainConfig, configured
 from dust3r_sfm.training.config import LoopConfig
 from dust3r_sfm.training.stage_files import stage_names, with_stage
@@ -79,6 +81,35 @@ def test_a_run_starts_from_given_weights(trained, tmp_path):
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert torch.allclose(after[name], value, atol=1e-6), name
+
+
+def test_a_network_learns_to_see_xfeats_features_and_keeps_them_from_run_to_run(trained, tmp_path):
+    write_xfeat(tmp_path / "xfeat.pt")
+    given = ["--init", str(trained[0] / "weights.safetensors")]
+    assert train(tmp_path / "seeing", 2, *given, "--xfeat", str(tmp_path / "xfeat.pt")) == 0
+    seeing = Dust3r.from_pretrained(tmp_path / "seeing/weights.safetensors")
+    assert seeing.config.stem == "xfeat"
+    assert seeing.stem.proj.weight.abs().max() > 0
+    frozen = read_xfeat(tmp_path / "xfeat.pt")
+    for name, value in seeing.stem.xfeat.state_dict().items():
+        assert torch.allclose(value, frozen[name], rtol=1e-3, atol=1e-6), name
+    again = ["--init", str(tmp_path / "seeing/weights.safetensors"), "--reshape", *TINY]
+    assert train(tmp_path / "again", 1, *again) == 0
+    assert Dust3r.from_pretrained(tmp_path / "again/weights.safetensors").config.stem == "xfeat"
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ((*TINY, "--stem", "xfeat"), "needs them: give --xfeat, or --init"),
+        ((*TINY, "--xfeat", "xfeat.pt"), "cannot read XFeat's weights from xfeat.pt"),
+    ],
+)
+def test_xfeats_features_without_their_weights_are_refused(tmp_path, monkeypatch, capsys, more, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert train("run", 1, *more) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stage_s_settings_are_the_defaults(tmp_path):

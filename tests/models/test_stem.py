@@ -1,63 +1,28 @@
 """XFeat's frozen features beside the patches: its checkpoint, what they are, and that they change nothing untrained."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from xfeat import write_xfeat
 
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.models.checkpoint import load_model, save_weights
 from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig
 from dust3r_sfm.models.stem import Stem, XFeat, read_xfeat
 
+DATA = Path(__file__).parent.parent / "data"
 SHAPE = {"image_size": 64, "enc_embed_dim": 32, "enc_depth": 1, "enc_num_heads": 2}
 SHAPE |= {"dec_embed_dim": 32, "dec_depth": 1, "dec_num_heads": 2}
 
 
-def basic(i, o, kernel=3, stride=1):
-    convolution = nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False)
-    return nn.ModuleDict({"layer": nn.Sequential(convolution, nn.BatchNorm2d(o, affine=False), nn.ReLU())})
-
-
-class Published(nn.Module):
-    """XFeat as its paper has it, batch normalisation and all; parameters bear the names of its checkpoint."""
-
-    def __init__(self):
-        super().__init__()
-        self.skip1 = nn.Sequential(nn.AvgPool2d(4), nn.Conv2d(1, 24, 1))
-        self.block1 = nn.ModuleList([basic(1, 4), basic(4, 8, 3, 2), basic(8, 8), basic(8, 24, 3, 2)])
-        self.block2 = nn.ModuleList([basic(24, 24), basic(24, 24)])
-        self.block3 = nn.ModuleList([basic(24, 64, 3, 2), basic(64, 64), basic(64, 64, 1)])
-        self.block4 = nn.ModuleList([basic(64, 64, 3, 2), basic(64, 64), basic(64, 64)])
-        self.block5 = nn.ModuleList([basic(64, 128, 3, 2), basic(128, 128), basic(128, 128), basic(128, 64, 1)])
-        self.block_fusion = nn.ModuleList([basic(64, 64), basic(64, 64), nn.Conv2d(64, 64, 1)])
-        self.heatmap_head = nn.Conv2d(64, 1, 1)  # one of the parts that are not wanted
-
-    def forward(self, image):
-        x = nn.functional.instance_norm(image.mean(1, keepdim=True))
-
-        def run(block, x):
-            for layer in block:
-                x = layer["layer"](x) if isinstance(layer, nn.ModuleDict) else layer(x)
-            return x
-
-        x3 = run(self.block3, run(self.block2, run(self.block1, x) + self.skip1(x)))
-        x4 = run(self.block4, x3)
-        up = nn.Upsample(x3.shape[-2:], mode="bilinear")
-        return run(self.block_fusion, x3 + up(x4) + up(run(self.block5, x4)))
-
-
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """Random weights of the published form, in a file."""
-    torch.manual_seed(0)
-    network = Published().eval()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2.0)
+    """Random weights of the published form, and their file."""
     path = tmp_path_factory.mktemp("xfeat") / "xfeat.pt"
-    torch.save(network.state_dict(), path)
-    return network, path
+    return write_xfeat(path), path
 
 
 @pytest.mark.parametrize("size", [(64, 96), (48, 80)])  # 80: not a multiple of its coarsest level's 32 pixels
@@ -71,6 +36,16 @@ def test_features_are_those_of_the_network_with_its_batch_normalisation(publishe
     found = xfeat(2 * image - 1)  # range and offset do not matter
     assert found.shape == (2, 64, size[0] // 8, size[1] // 8)
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_the_shipped_network_sees_what_xfeat_itself_gives():
+    """Golden features by the published weights and their own network, of an image that a formula gives."""
+    y, x = torch.meshgrid(torch.arange(48.0), torch.arange(64.0), indexing="ij")
+    image = torch.stack([torch.sin(0.3 * x + 0.1 * k * y) * torch.cos(0.2 * y + k) for k in range(3)])[None]
+    with np.load(DATA / "xfeat.npz") as file:
+        expected = torch.from_numpy(file["features"]).float()
+    found = load_model().stem.xfeat(image)
+    assert (found - expected).abs().max() < 0.01 * expected.abs().max()
 
 
 def test_each_patch_gets_the_cells_that_it_covers():
