@@ -13,6 +13,7 @@ from dust3r_sfm.formats.pairs import write_pairs
 from dust3r_sfm.formats.pointmaps import PointmapShards
 from dust3r_sfm.formats.scenes import read_scenes
 from dust3r_sfm.geometry.metrics import all_pairs_errors_deg
+from dust3r_sfm.pairs import PredictionsOn
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,13 @@ def folder(truth, tmp_path_factory):
     shards.add(keys, list(truth.predictions.values()))
     shards.finish(list(truth.predictions), keys).close()
     return folder
+
+
+def test_predictions_come_on_the_device_that_is_asked_for(truth):
+    there = PredictionsOn(truth.predictions, torch.device("meta"))
+    assert list(there) == list(truth.predictions)
+    assert len(there) == len(truth.predictions)
+    assert {value.device.type for pair in there for value in vars(there[pair]).values()} == {"meta"}
 
 
 def rotation_errors(scene, truth):
