@@ -3,8 +3,9 @@
 Cameras on an arc look into a room of six walls and a pillar; every directed pair has a scale of its own, noise of 1 cm
 and confidences of 1 to 11. Printed are the times of the start and of the optimisation, the peak of memory, and the
 final value of the published objective (DUSt3R, eq. 5: sums over pairs and sides of log(confidence) times the distance
-between an image's pixel and a pair's, over their number; the geometric mean of the pairs' scales is 0.5) of the cameras,
-with the depths and similarities that suit them best, and that of Adam from the same start. On 16 images of 512x384 the authors' code takes 11.7 s and 10.9 GB of one H200.
+between an image's pixel and a pair's, over their number; the geometric mean of the pairs' scales is 0.5) for the
+cameras, with the depths and similarities that suit them best, and that of Adam from the same start. On 16 images of
+512x384 the authors' code takes 11.7 s and 10.9 GB of one H200.
 
 What bounds it there: the predictions of 240 pairs in half precision are 0.75 GB, 0.2 ms to read once, which happens
 three times, for the sparse samples, for those that the alignment is settled over, and for the depths of all pixels.

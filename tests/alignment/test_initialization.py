@@ -6,7 +6,7 @@ import pytest
 import torch
 from procedural import make_scene
 
-from dust3r_sfm.alignment.align import _sampled_rays
+from dust3r_sfm.alignment.align import sampled_rays
 from dust3r_sfm.alignment.cameras import cameras_of_views
 from dust3r_sfm.alignment.chaining import register_robustly, start_pairs
 from dust3r_sfm.alignment.initialization import align_to_known, start_focals, start_poses
@@ -29,7 +29,7 @@ def observe(truth, predictions, max_samples=1000):
 
 def started(truth, predictions):
     observations, cameras = observe(truth, predictions), cameras_of_views(truth.views)
-    rays, start = _sampled_rays(observations, cameras), start_pairs(observations)
+    rays, start = sampled_rays(observations, cameras), start_pairs(observations)
     focals = start_focals(observations, cameras, rays, start)
     return focals * cameras.base_focal_px, start_poses(observations, cameras, rays, focals, start)
 
