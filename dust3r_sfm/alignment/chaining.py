@@ -44,9 +44,8 @@ def start_pairs(observations: Observations) -> Start:
     relations = image_relations(observations, points, weights)
     images, scores = observations.images.cpu(), observations.scores.cpu()
     world_from_image = best_tree_poses(images, relations.cpu(), scores, len(points)).to(points.device)
-    return _settled(
-        observations, register_pairs(observations, transform_points(world_from_image.float(), points), weights)
-    )
+    points = transform_points(world_from_image.float(), points)
+    return _settled(observations, register_pairs(observations, points, weights), points)
 
 
 def image_frames(observations: Observations) -> tuple[Float[Tensor, "n m 3"], Float[Tensor, "n m"]]:
@@ -80,14 +79,16 @@ def image_relations(
     return inverse(pair_from_image[1]) @ pair_from_image[0]
 
 
-def _settled(observations: Observations, world_from_pair: Float[Tensor, "e 4 4"]) -> Start:
-    """The start after some turns of averaging the pairs' points and registering all pairs to them."""
-    belief = torch.ones_like(observations.scores)
+def _settled(
+    observations: Observations, world_from_pair: Float[Tensor, "e 4 4"], points: Float[Tensor, "n m 3"]
+) -> Start:
+    """The start after some turns of averaging the pairs' points (first `points`) and registering all pairs to them."""
+    distances = pair_distances(observations, world_from_pair, points)
     for turn in range(NUM_TURNS + 1):
+        belief = 1 / (1 + distances / (3 * distances.median()).clamp(min=MIN_OUTLIER_DISTANCE)).square()
         world_from_pair = _with_unit_scale(world_from_pair)
         points, weights = average_points(observations, world_from_pair, belief)
         distances = pair_distances(observations, world_from_pair, points)
-        belief = 1 / (1 + distances / (3 * distances.median()).clamp(min=MIN_OUTLIER_DISTANCE)).square()
         if turn < NUM_TURNS:
             world_from_pair = register_pairs(observations, points, weights)
     return Start(world_from_pair, points, weights, distances)
