@@ -67,6 +67,7 @@ def _nearest(
     x = tl.load(place, mask=wanted, other=0.0)
     y = tl.load(place + 1, mask=wanted, other=0.0)
     z = tl.load(place + 2, mask=wanted, other=0.0)
+    xs, ys, zs = x[:, None], y[:, None], z[:, None]
     inf = float("inf")
     low_x, high_x = tl.min(tl.where(wanted, x, inf), 0), tl.max(tl.where(wanted, x, -inf), 0)
     low_y, high_y = tl.min(tl.where(wanted, y, inf), 0), tl.max(tl.where(wanted, y, -inf), 0)
@@ -91,20 +92,24 @@ def _nearest(
         tile = start + lane
         mask = (tile < num_tiles) & ((block < 0) | (start != first))
         bounds = _bounds(boxes, tile, mask, num_tiles, low_x, high_x, low_y, high_y, low_z, high_z)
-        while tl.min(bounds, 0) < tl.max(best, 0):
-            chosen = tl.argmin(bounds, 0)
-            bounds = tl.where(lane == chosen, inf, bounds)
-            one = start + chosen
-            if tl.max(best - _bounds(boxes, one, True, num_tiles, x, x, y, y, z, z), 0) > 0:
-                of_tile = points + one * P + pixel
-                dx = x[:, None] - tl.load(of_tile)[None, :]
-                dy = y[:, None] - tl.load(of_tile + num_tiles * P)[None, :]
-                dz = z[:, None] - tl.load(of_tile + 2 * num_tiles * P)[None, :]
-                candidate = dx * dx + dy * dy + dz * dz
-                is_nearer = candidate < distance
-                distance = tl.where(is_nearer, candidate, distance)
-                tile_of = tl.where(is_nearer, one, tile_of)
-                best = tl.where(wanted, tl.min(distance, 1), -inf)
+        if tl.min(bounds, 0) < tl.max(best, 0):
+            # queries that lie apart have a wide box, which is near many tiles that none of them needs
+            own = _bounds(boxes, tile[None, :], mask[None, :], num_tiles, xs, xs, ys, ys, zs, zs)
+            needed = tl.min(tl.where(own < best[:, None], own, inf), 0)
+            while tl.min(needed, 0) < tl.max(best, 0):
+                chosen = tl.argmin(needed, 0)
+                needed = tl.where(lane == chosen, inf, needed)
+                one = start + chosen
+                if tl.max(best - _bounds(boxes, one, True, num_tiles, x, x, y, y, z, z), 0) > 0:
+                    of_tile = points + one * P + pixel
+                    dx = xs - tl.load(of_tile)[None, :]
+                    dy = ys - tl.load(of_tile + num_tiles * P)[None, :]
+                    dz = zs - tl.load(of_tile + 2 * num_tiles * P)[None, :]
+                    candidate = dx * dx + dy * dy + dz * dz
+                    is_nearer = candidate < distance
+                    distance = tl.where(is_nearer, candidate, distance)
+                    tile_of = tl.where(is_nearer, one, tile_of)
+                    best = tl.where(wanted, tl.min(distance, 1), -inf)
     winner = tl.argmin(distance, 1)
     tile = tl.sum(tl.where(pixel[None, :] == winner[:, None], tile_of, 0), 1)
     tl.store(found + batch * num_queries + query, tile * P + winner, mask=is_there)
