@@ -188,17 +188,15 @@ def test_known_intrinsics_of_any_images_are_kept(noisy, known):
 def test_a_focal_prior_pulls_the_more_the_smaller_its_standard_deviation():
     truth = make_scene(3, (32, 48), noise=0.03)
     found = []
-    for sigma in (0.0, 1e-4, 0.03, 0.1, 1.0):
+    for sigma in (0.0, 0.03, 1.0):
         views = [replace(view, known_K=view.known_K.clone()) for view in with_known(truth, focals=range(3))]
         for view in views:
             view.known_K[[0, 1], [0, 1]] *= 1.05
         scene = align([replace(view, focal_sigma=sigma) for view in views], truth.predictions)
         found.append(float((scene.K[:, 0, 0] / truth.K[indices(scene, truth), 0, 0]).mean()))
     assert found[0] == pytest.approx(1.05, abs=1e-6)
-    assert found[1] == pytest.approx(1.05, abs=1e-4)
-    assert found == sorted(found, reverse=True)
-    assert found[2] > found[3] + 0.003 > found[4] + 0.006
-    assert found[4] == pytest.approx(1.0, abs=0.015)
+    assert 1.05 - 1e-4 > found[1] > found[2] + 0.003
+    assert found[2] == pytest.approx(1.0, abs=0.015)
 
 
 def test_a_known_principal_point_off_the_centre_is_honoured(exact):

@@ -184,7 +184,7 @@ def test_images_start_right_while_groups_of_them_outvote_wrong_pairs(n, near, sh
     edges = [(i, j) for i in range(n) for j in range(i + 1, min(n, i + near + 1))]
     both = torch.tensor(edges + [edge[::-1] for edge in edges]).T
     exact = inverse(truth[both[1]]) @ truth[both[0]]
-    for seed in range(5):
+    for seed in range(3):
         generator.manual_seed(seed)
         relations = exact.clone()
         for e in torch.randperm(len(edges), generator=generator)[: math.ceil(share * len(edges))].tolist():
