@@ -119,6 +119,19 @@ def test_precise_positions_straighten_a_bent_model_and_make_it_metric(procedural
     assert (centers_of(result) - true_positions(procedural)).norm(dim=1).max() < 0.1
 
 
+def test_a_wrong_position_and_a_focal_prior_take_part_in_one_adjustment(procedural, observed):
+    truth, name = true_positions(procedural), observed.names[1]
+    bent = colmap_from_scene(perturbed(observed, angle_deg=0.0, shift=0.0, focal=1e-4))
+    positions = dict(measured(procedural, sigma=0.02))
+    positions[name] = positions[name][0] + 30.0, positions[name][1]
+    focal = 8 * float(observed.K[0, 0, 0])
+    priors = {observed.names[0]: (1.05 * focal, 0.001)}
+    free, held = (anchored(bent, positions, RefineConfig(), focal_priors=p) for p in ({}, priors))
+    assert held.num_reg_images() == len(held.images) == len(observed.names)
+    assert (centers_of(free) - truth).norm(dim=1).max() < 0.2
+    assert held.camera(1).mean_focal_length() > free.camera(1).mean_focal_length() + 0.01 * focal
+
+
 def test_a_scene_is_put_into_the_frame_of_its_positions(procedural, observed):
     turn = rotation_from_rotvec(torch.tensor([0.3, 0.2, -0.5], dtype=torch.float64))
     cam_from_world = observed.cam_from_world.double()
