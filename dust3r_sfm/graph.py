@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Literal
 
@@ -81,7 +81,7 @@ def connected_components(names: Sequence[str], pairs: Iterable[Pair]) -> list[li
     trees = DisjointSets(names)
     for pair in pairs:
         trees.join(pair.name0, pair.name1)
-    groups: dict[str, list[str]] = {}
+    groups: dict[Hashable, list[str]] = {}
     for name in names:
         groups.setdefault(trees.root(name), []).append(name)
     return sorted(groups.values(), key=len, reverse=True)
@@ -103,18 +103,18 @@ def maximum_spanning_tree(names: Sequence[str], scores: Mapping[Pair, float]) ->
 
 
 class DisjointSets:
-    """Union-find over names."""
+    """Union-find over names, or numbers."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[Hashable]) -> None:
         self._parent = {name: name for name in names}
 
-    def root(self, name: str) -> str:
+    def root(self, name: Hashable) -> Hashable:
         while self._parent[name] != name:
             self._parent[name] = self._parent[self._parent[name]]
             name = self._parent[name]
         return name
 
-    def join(self, name0: str, name1: str) -> bool:
+    def join(self, name0: Hashable, name1: Hashable) -> bool:
         """Puts both into one set; False where they are in one already."""
         root0, root1 = self.root(name0), self.root(name1)
         self._parent[root1] = root0
