@@ -22,9 +22,9 @@ from dust3r_sfm.geometry.transforms import inverse
 from dust3r_sfm.pairs import Predictions, SomePredictions
 from dust3r_sfm.views import View
 
-MAX_SAMPLES_PER_IMAGE = {"cuda": 25_000}
+MAX_SAMPLES_PER_IMAGE = {"cuda": 16_000}
 MAX_SAMPLES_PER_IMAGE_ELSEWHERE = 6_000
-MAX_SAMPLES_IN_ALL = {"cuda": 12_000_000}
+MAX_SAMPLES_IN_ALL = {"cuda": 8_000_000}
 MAX_SAMPLES_IN_ALL_ELSEWHERE = 6_000_000
 """Over both sides of all pairs; 140 bytes each."""
 MIN_GAIN = 2
