@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from dust3r_sfm.match_dense import AnchorMatches, MatchConfig, match_batch, matches_of
+from dust3r_sfm.anchor_matches import AnchorMatches, MatchConfig, match_batch, matches_of
 from dust3r_sfm.pairs import Matches, Pair, PairPrediction, Predictions, ReducedPrediction
 from dust3r_sfm.views import View
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 from procedural import make_scene
 
+from dust3r_sfm.anchor_matches import anchor_pixels
 from dust3r_sfm.engine import EngineConfig
 from dust3r_sfm.formats.matches import read_matches
 from dust3r_sfm.formats.pointmaps import PointmapShards
-from dust3r_sfm.match_dense import MatchConfig, _Matcher, anchor_pixels, main, match_dense, match_pair
+from dust3r_sfm.match_dense import MatchConfig, _Matcher, main, match_dense, match_pair
 from dust3r_sfm.pairs import Pair, PairPrediction
 
 SIZE = (96, 128)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from dust3r_sfm.anchor_matches import MatchConfig, anchor_pixels, batched, match_batch
 from dust3r_sfm.geometry.surfaces import Surface, exact_pixels, nearest_pixels
 from dust3r_sfm.infer_pairs import infer_pairs
-from dust3r_sfm.match_dense import MatchConfig, anchor_pixels, batched, match_batch
 from dust3r_sfm.models.dust3r import Dust3r
 from dust3r_sfm.pair_network import InferConfig, pick_device
 from dust3r_sfm.pairs import Pair, PairPrediction
