@@ -59,6 +59,9 @@ def sift(
 
     pycolmap.set_random_seed(0)
     device = pycolmap.Device.cpu
+    with pycolmap.Database.open(database):
+        pass
+    pycolmap.import_images(database, image_dir, image_names=names)  # else threads give out the ids, in any order
     pycolmap.extract_features(
         *(database, image_dir, names), extraction_options={"max_image_size": MAX_IMAGE_SIDE}, device=device
     )

@@ -16,10 +16,13 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
+
+from dust3r_sfm.files import LOCK_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +78,7 @@ def main(image_dir: Path, stages: Sequence[str] = tuple(STAGES), kills: int = 20
     for stage in STAGES:  # the children are copies of this process: nothing to load again
         import_module(f"dust3r_sfm.{stage.replace('-', '_')}")
     import_module("dust3r_sfm.infer_pairs").SHARD_PAIRS = SHARD
+    import_module("dust3r_sfm.match_dense").SHARD_PAIRS = SHARD
     import_module("dust3r_sfm.extract_descriptors").SHARD_IMAGES = SHARD
     moments, found = random.Random(seed), []
     with tempfile.TemporaryDirectory() as folder:
@@ -153,13 +157,13 @@ def contents_of(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): _content(path)
         for path in files
-        if path.suffix != ".html" and ".lock" not in path.name
+        if path.suffix != ".html" and not path.name.startswith(LOCK_NAME)
     }
 
 
 def _content(path: Path) -> str:
     if path.suffix == ".db":
-        with sqlite3.connect(path) as database:  # threads write it in any order
+        with closing(sqlite3.connect(path)) as database:  # threads write it in any order
             return sha256("\n".join(sorted(database.iterdump())).encode()).hexdigest()
     if path.name == "summary.json":
         summary = json.loads(path.read_text())
