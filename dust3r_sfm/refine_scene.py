@@ -183,6 +183,7 @@ def refine_scenes(
     dense tracks alone. Known poses are held, and COLMAP's mapping continues from them.
     """
     sparse = within_masks(sparse, views)
+    scenes = [dataclasses.replace(scene, ids=None) for scene in scenes]  # numbers are for files, not for the work here
     depth_maps = {name: maps for scene in scenes for name, maps in seen_maps(scene).items()}
     figures: dict[str, Any] = {"verified_pairs": len(sparse.geometries), "candidates": []}
     for left in folder.glob(".refine-*"):  # by a killed run
