@@ -1,9 +1,9 @@
 """Where images start: relations that single pairs tell between images, those of them that others confirm, and trees.
 
 Each image has a frame of its own, its camera at unit scale. A pair relates two of them by a similarity. Around a
-triangle of images three of these must agree: pairs that no triangle confirms are the last to be part of a tree, and of
-several trees the one is taken that most pairs agree with. So wrong pairs do no harm, however confident, while others
-outvote them.
+triangle of images three of these must agree: pairs that no triangle confirms are the last that images are put together
+by, group by group and along several trees, of which that start is taken that most pairs agree with. So wrong pairs do
+no harm, however confident, while others outvote them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ MAX_TRIANGLES = 20
 """Third images by which a pair is judged."""
 MIN_TOLERANCE = 0.02
 """Differences of two relations, in images' units, below which they always agree."""
+SURE = 0.95
+"""Share of all say that agrees where no other start is tried."""
 NUM_TREES = 16
 TREE_NOISE = 0.7
 """Spread of the logarithms of factors by which pairs are weighted anew for another tree."""
@@ -58,7 +60,7 @@ def confirmed_shares(
 def best_tree_poses(
     images: Int[Tensor, "2 e"], relations: Float[Tensor, "e 4 4"], scores: Float[Tensor, " e"], n: int
 ) -> Float[Tensor, "n 4 4"]:
-    """world_from_image of connected images, chained along the best of some trees; the world is one of the images.
+    """world_from_image of connected images, by the best of some starts; the world is one of the images.
 
     `scores` are the pairs' confidences; the first tree is of those that are highest where triangles confirm them.
     """
@@ -67,16 +69,18 @@ def best_tree_poses(
     generator = torch.Generator().manual_seed(0)
     best, most = torch.zeros(0, 4, 4, dtype=torch.float64), -1.0
     for i in range(NUM_TREES + 1):
-        if i < NUM_TREES:
-            noise = torch.randn(len(strength), generator=generator, dtype=torch.float64) * (TREE_NOISE if i else 0.0)
-            poses = _chained(images, relations, strength * noise.exp(), n)
-        else:
+        if i == 0:
             poses = joined_poses(images, relations, shares, strength, tolerance, n)
+        else:
+            noise = torch.randn(len(strength), generator=generator, dtype=torch.float64) * (TREE_NOISE if i > 1 else 0)
+            poses = _chained(images, relations, strength * noise.exp(), n)
         expected = inverse(poses[images[1]]) @ poses[images[0]]
         differences = relation_distances(relations, expected)
         agreement = float((strength.sqrt() / (1 + (differences / tolerance).square())).sum())
         if agreement > most:
             best, most = poses, agreement
+        if agreement > SURE * float(strength.sqrt().sum()):
+            break
     return best
 
 
