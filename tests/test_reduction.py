@@ -10,7 +10,7 @@ from dust3r_sfm.alignment.align import AlignConfig, align
 from dust3r_sfm.formats.pointmaps import PointmapShards, shard_folder
 from dust3r_sfm.match_dense import MatchConfig, match_dense
 from dust3r_sfm.pairs import Pair, SomePredictions
-from dust3r_sfm.reduction import reduced, reduction_of, together
+from dust3r_sfm.reduction import evenly_together, reduced, reduction_of, together
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +101,11 @@ def test_both_directions_of_a_pair_share_a_shard():
     pairs = [Pair(a, b) for a, b in ("ab", "ba", "ac", "cb", "bc", "ca", "ac")]
     assert together(pairs, 1) == [pairs[:2], pairs[2:3], pairs[3:5], pairs[5:]]
     assert together([], 4) == []
+
+
+def test_shards_are_as_equal_as_pairs_allow():
+    pairs = [pair for i in range(120) for pair in (Pair("a", f"{i}"), Pair(f"{i}", "a"))]
+    assert [len(shard) for shard in evenly_together(pairs, 32)] == [30] * 8
+    assert [len(shard) for shard in evenly_together(pairs[:66], 32)] == [22] * 3
+    assert sum(evenly_together(pairs[:67], 32), []) == pairs[:67]
+    assert evenly_together([], 32) == []

@@ -5,7 +5,14 @@ import torch
 from procedural import make_scene
 
 from dust3r_sfm.geometry import surfaces
-from dust3r_sfm.geometry.surfaces import TILE, Surface, exact_pixels, near_pixels, nearest_on_surface
+from dust3r_sfm.geometry.surfaces import (
+    TILE,
+    Surface,
+    exact_pixels,
+    exact_pixels_by_kernel,
+    near_pixels,
+    nearest_on_surface,
+)
 from dust3r_sfm.match_dense import match_pair
 
 
@@ -35,6 +42,20 @@ def test_all_tiles_together_are_an_exact_search(prediction):
     assert usable.flatten()[found].all()
     exact = exact_pixels(queries, torch.ones(queries.shape[:2], dtype=torch.bool), target)
     torch.testing.assert_close(distances(queries, target, exact).double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is for CUDA devices")
+def test_the_kernel_finds_what_an_exact_search_finds(prediction):
+    points = torch.stack([prediction.pointmap0_in_cam0, prediction.pointmap1_in_cam0])
+    usable = torch.rand(points.shape[:3], generator=torch.Generator().manual_seed(0)) > 0.3
+    queries = points.flip(0)[:, ::3, ::3].flatten(1, 2)
+    asked = torch.rand(queries.shape[:2], generator=torch.Generator().manual_seed(1)) > 0.1
+    on_device = Surface(points.cuda(), usable.cuda())
+    found = exact_pixels_by_kernel(queries.cuda(), asked.cuda(), on_device).cpu()
+    exact = exact_pixels(queries, asked, Surface(points, usable))
+    assert usable.flatten(1).gather(1, found)[asked].all()
+    far, near = ((points.flatten(1, 2).take_along_dim(i[..., None], 1) - queries).norm(dim=-1) for i in (found, exact))
+    torch.testing.assert_close(far[asked], near[asked], rtol=1e-5, atol=0)
 
 
 def test_the_tiles_that_are_searched_hold_99_of_100_matches(prediction, monkeypatch):
