@@ -1,15 +1,14 @@
 """Nearest points of pointmaps: surfaces whose pixels lie beside one another, so that a search need not see all of them.
 
-A map is cut into tiles of pixels; the boxes around their points bound how near they can be, and only the tiles of
-least bound are searched. A fixed sequence of tensor operations over a batch: nothing waits for the host.
-On the CPU, where a tree over all points is faster, the search is exact.
+A map is cut into tiles of pixels; the boxes around their points bound how near they can be. On a CUDA device a kernel
+searches all tiles that may hold the nearest point; without Triton, and on other devices, a fixed sequence of tensor
+operations searches the tiles of least bound. Nothing waits for the host. On the CPU there is a tree over all points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from importlib.util import find_spec
 
 import torch
@@ -121,8 +120,7 @@ def _nearest_of_tiles(
     num_tiles: int,
 ) -> Int[Tensor, "b q"]:
     """Index into t * p."""
-    bounds = _fused_bounds() if queries.is_cuda else _bounds
-    bound = bounds(queries, *boxes)
+    bound = _bounds(queries, *boxes)
     chosen = bound.topk(min(num_tiles, points.shape[1]), largest=False, sorted=False).indices
     distance = torch.zeros(*chosen.shape, TILE**2, device=queries.device)
     batch = torch.arange(len(queries), device=queries.device)[:, None, None]
@@ -143,12 +141,6 @@ def _bounds(
         outside = torch.maximum(lower[:, None, :, axis] - value, value - upper[:, None, :, axis])
         bound = bound + outside.clamp(min=0).square()
     return bound
-
-
-@cache
-def _fused_bounds() -> Callable[..., Tensor]:
-    """One kernel in place of eighteen, where there is a compiler for kernels."""
-    return torch.compile(_bounds, dynamic=True) if find_spec("triton") else _bounds
 
 
 def nearest_on_surface(
