@@ -69,5 +69,5 @@ def test_few_pixels_and_settling_end_where_all_pixels_do():
 
 
 def test_the_published_objective_ends_as_low_as_by_descent_on_it():
-    figures = alignment.main(num_images=3, height=16, width=16, reference_iters=100)
+    figures = alignment.main(num_images=3, height=16, width=16, reference_iters=60)
     assert figures.objective < figures.reference_objective * (1 + 1e-4)
