@@ -167,10 +167,9 @@ def normal_equations(problem: Problem, state: State, evaluation: Evaluation) -> 
         C[:, e] = (weighted_rays[..., None, :] @ J)[..., 0, :]
         D.index_add_(0, i.flatten(), (weighted_rays * rays[i]).sum(dim=-1).flatten(0, 1))
         g_d.index_add_(0, i.flatten(), (weighted_rays * residuals).sum(dim=-1).flatten(0, 1))
-    H, g = torch.cat(H, dim=1), torch.cat(g, dim=1)
-    n = len(state.depth)
-    H_i = H.new_zeros(n, CAMERA_DOF, CAMERA_DOF)
-    H_i.index_add_(0, images.flatten(), H[..., :CAMERA_DOF, :CAMERA_DOF].flatten(0, 1))
+    H, g, n = torch.cat(H, dim=1), torch.cat(g, dim=1), len(state.depth)
+    of_cameras = H[..., :CAMERA_DOF, :CAMERA_DOF].flatten(0, 1)
+    H_i = H.new_zeros(n, CAMERA_DOF, CAMERA_DOF).index_add_(0, images.flatten(), of_cameras)
     g_i = g.new_zeros(n, CAMERA_DOF).index_add_(0, images.flatten(), g[..., :CAMERA_DOF].flatten(0, 1))
     prior = focal_weights(problem)
     H_i[:, FOCAL_INDEX, FOCAL_INDEX] += prior

@@ -55,7 +55,7 @@ class AlignmentFigures(NamedTuple):
     optimize_s: float
     depth_s: float
     peak_gb: float
-    """Of device memory beyond the predictions, or of this process where there is no device."""
+    """Of device memory, the predictions' included, or of this process where there is no device."""
     objective: float
     """The published one, in the end."""
     reference_objective: float | None
@@ -86,33 +86,35 @@ def main(
     usual = (16, 384, 512) if device.type == "cuda" else (10, 224, 224)
     n, h, w = (given or default for given, default in zip((num_images, height, width), usual, strict=True))
     views, predictions, truth = synthetic_predictions(n, (h, w), device)
-    if device.type == "cuda":  # loads the kernels; the figures are of the second time
-        align_timed(views, predictions, config)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    aligned = align_timed(views, predictions, config)
-    whole = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else _peak_of_process()
+    aligned, peak = _measured(views, predictions, config, device)
+    if profile:
+        print(_profile(views, predictions, config))
     objective = Published(views, predictions, aligned.observations)
+    start, value = time.perf_counter(), None
+    if reference_iters > 0:
+        value = objective.descend(aligned.start, reference_iters)
     figures = AlignmentFigures(
         str(device),
         *aligned.seconds,
-        peak / 1e9,
+        peak,
         objective.value(aligned.state),
-        None,
-        None,
+        value,
+        None if value is None else time.perf_counter() - start,
         float(all_pairs_errors_deg(inverse(aligned.state.world_from_cam).cpu(), truth)[0].max()),
     )
-    if profile:
-        print(_profile(views, predictions, config))
-    if reference_iters > 0:
-        start = time.perf_counter()
-        value = objective.descend(aligned.start, reference_iters)
-        figures = figures._replace(reference_objective=value, reference_s=time.perf_counter() - start)
     _report(figures, n, (h, w), reference_iters)
-    if whole:
-        logger.info("%.2f GB at most with the predictions.", whole / 1e9)
     return figures
+
+
+def _measured(
+    views: Sequence[View], predictions: dict[Pair, PairPrediction], config: AlignConfig, device: torch.device
+) -> tuple[Aligned, float]:
+    """The alignment, and the most memory that it took, in GB."""
+    if device.type != "cuda":
+        return align_timed(views, predictions, config), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024e-9
+    align_timed(views, predictions, config)  # loads the kernels; the figures are of the second time
+    torch.cuda.reset_peak_memory_stats()
+    return align_timed(views, predictions, config), torch.cuda.max_memory_allocated() / 1e9
 
 
 def _profile(views: Sequence[View], predictions: dict[Pair, PairPrediction], config: AlignConfig) -> str:
@@ -202,10 +204,6 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _peak_of_process() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def _report(f: AlignmentFigures, n: int, size: tuple[int, int], iters: int) -> None:
