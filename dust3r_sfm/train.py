@@ -18,6 +18,7 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from dust3r_sfm.errors import InputError
-from dust3r_sfm.files import replacing, write_bytes
+from dust3r_sfm.files import replacing, write_bytes, writing
 from dust3r_sfm.models.checkpoint import save_weights
 from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig
 from dust3r_sfm.models.stem import read_xfeat
@@ -114,6 +115,11 @@ def main(config: TrainConfig) -> None:
     """Trains, writing `weights.safetensors`, `state.pt` and `history.json` into the output folder."""
     started = time.monotonic()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    with writing(config.output, is_folder=True) if rank == 0 else nullcontext():
+        _train(config, rank, world_size, started)
+
+
+def _train(config: TrainConfig, rank: int, world_size: int, started: float) -> None:
     device, weights = _device(), config.output / "weights.safetensors"
     loading = ThreadPoolExecutor(4)  # what takes its time runs side by side
     textures, scenes = loading.submit(_load_textures, config), loading.submit(_load_scenes, config, device)

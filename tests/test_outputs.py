@@ -55,6 +55,12 @@ def test_a_second_run_on_an_output_is_refused_in_a_sentence(refusal, stage):
     assert "another run is" in refusal(stage, is_held=True)
 
 
+def test_a_second_training_in_a_folder_is_refused(tmp_path, capsys):
+    with writing(tmp_path / "run", is_folder=True):
+        assert main(["train", "--output", str(tmp_path / "run")]) == 2
+    assert "another run is writing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_inputs_that_are_not_there_leave_no_output(refusal, tmp_path, stage):
     assert refusal(stage, is_held=False)
