@@ -11,13 +11,15 @@ from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dust3r_sfm.geometry.averaging import average_similarities, disagreement
 from dust3r_sfm.geometry.transforms import inverse
 from dust3r_sfm.graph import DisjointSets
 
+MIN_BELIEF = 3.0
+"""More than there is evidence for any pair by itself: others confirm it."""
 MAX_CANDIDATES = 12
 """Pairs between two clusters that are asked how these lie."""
 
@@ -26,12 +28,13 @@ def assembled(
     images: Int[Tensor, "2 e"],
     measured: Float[Tensor, "e 4 4"],
     evidence: Float[Tensor, " e"],
-    believed: Bool[Tensor, " e"],
+    belief: Float[Tensor, " e"],
     n: int,
     tolerances: tuple[float, float, float],
 ) -> Float[Tensor, "n 4 4"]:
     """world_from_image of n images, a world for each part; `evidence` are log odds of image1_from_image0 `measured`."""
-    frames, groups = spanned(images[:, believed], measured[believed], evidence[believed], n)
+    believed = belief > MIN_BELIEF
+    frames, groups = spanned(images[:, believed], measured[believed], belief[believed], n)
     if bool(believed.any()):
         ones = torch.ones(int(believed.sum()), dtype=torch.float64)
         frames = average_similarities(images[:, believed], measured[believed], ones, frames, tolerances)

@@ -1,7 +1,8 @@
 """What all pairs together say of how images lie, and which pairs contradict it.
 
-How likely each pair is true is told by its neighbours (`plausibility`); frames are put together by the pairs that
-are believed first (`assembly`), and averaged over all pairs.
+How likely each pair is true is told by its neighbours (`plausibility`). Frames are put together by the pairs that are
+believed first (`assembly`), and beside it chained along the most reliable ones; both are averaged over all pairs, and
+those are taken that more speaks for: the evidence for the pairs that agree with them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dust3r_sfm.alignment.assembly import assembled
+from dust3r_sfm.alignment.assembly import assembled, spanned
 from dust3r_sfm.alignment.plausibility import Edges, find_plausibility
 from dust3r_sfm.alignment.relations import Relations
 from dust3r_sfm.geometry.averaging import Disagreement, average_similarities, disagreement, relative_to_frames
@@ -25,6 +26,8 @@ MAX_OFFSET = 0.5
 """What a pair may be off: its rotation, its scale as a factor, and its camera's place as a share of what it sees."""
 TOLERANCES = (math.radians(MAX_ROTATION_DEG), math.log(MAX_SCALE), MAX_OFFSET)
 MIN_STRENGTH = 1e-3
+FAVOUR = 1.0
+"""What speaks for any pair, whatever the evidence: who explains more pairs is more often right."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +56,13 @@ def find_consensus(relations: Relations, strengths: Float[Tensor, " e"]) -> Cons
     off_reverse[has_reverse] = _off(measured[has_reverse], inverse(measured[reverse]))
     strengths = strengths.double().clamp(min=MIN_STRENGTH)
     found = find_plausibility(edges, measured, strengths, TOLERANCES)
-    frames = assembled(images, measured, found.evidence, found.belief > 0, n, TOLERANCES)
+    starts = [assembled(images, measured, found.evidence, found.belief, n, TOLERANCES)]
+    starts.append(spanned(images, measured, found.reliability, n)[0])
     reliability = found.reliability * torch.sigmoid(found.evidence)
-    world_from_image = average_similarities(images, measured, reliability.square(), frames, TOLERANCES)
-    parts = disagreement(measured, relative_to_frames(world_from_image, images))
+    averages = [average_similarities(images, measured, reliability.square(), start, TOLERANCES) for start in starts]
+    ends = [disagreement(measured, relative_to_frames(average, images)) for average in averages]
+    favour = found.evidence + FAVOUR
+    parts = max(ends, key=lambda end: float(favour[end.relative_to(*TOLERANCES) < 1].sum()))
     off = parts.relative_to(*TOLERANCES)
     return Consensus(parts, off, off_reverse, found.num_triangles, found.num_agreeing, reliability)
 
