@@ -84,7 +84,7 @@ def encoder_fingerprint(model: Dust3r) -> str:
     """A hash of the encoder's weights, rounded as the shipped file rounds them."""
     digest = hashlib.sha256()
     for name, x in sorted(model.state_dict().items()):
-        if name.startswith(("patch_embed.", "enc_")):
+        if name.startswith(("patch_embed.", "stem.", "enc_")):
             digest.update(name.encode())
             digest.update(x.detach().to("cpu", torch.float16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
