@@ -43,6 +43,7 @@ from dust3r_sfm.formats.pointmaps import hash_of
 from dust3r_sfm.formats.scenes import read_scenes, write_scenes
 from dust3r_sfm.formats.sparse_database import SparseMatches
 from dust3r_sfm.mapping import (
+    MAX_SHARED_TRY,
     Model,
     known_of,
     map_from_alignment,
@@ -61,6 +62,9 @@ logger = logging.getLogger(__name__)
 
 CELLS = 24
 """Cells along the longer side of a photo: dense tracks are kept where the cells of their keypoints are else empty."""
+
+EQUAL = 0.995
+"""The alignment's model explains clearly more where another has less than this share of its evidence."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +186,7 @@ def refine_scenes(
     Works in a temporary folder below `folder`. Scenes that no match verifies are adjusted on their
     dense tracks alone. Known poses are held, and COLMAP's mapping continues from them.
     """
-    sparse = within_masks(sparse, views)
+    sparse = plain = within_masks(sparse, views)
     scenes = [dataclasses.replace(scene, ids=None) for scene in scenes]  # numbers are for files, not for the work here
     depth_maps = {name: maps for scene in scenes for name, maps in seen_maps(scene).items()}
     figures: dict[str, Any] = {"verified_pairs": len(sparse.geometries), "candidates": []}
@@ -196,7 +200,7 @@ def refine_scenes(
         figures["guided_pairs"] = len(sparse.geometries)
         mapped: list[Model] = []
         if all(view.known_cam_from_world is None for view in views):
-            mapped = map_incrementally(views, sparse, Path(work), config)
+            mapped = _mapped(views, plain, sparse, Path(work), config)
         else:
             mapped = continue_mapping(views, sparse, Path(work), config)
         rival = mapped[0].support if mapped else None
@@ -221,24 +225,46 @@ def refine_scenes(
     return Refinement(refined, figures)
 
 
+def _mapped(
+    views: Sequence[View], plain: SparseMatches, guided: SparseMatches, work: Path, config: RefineConfig
+) -> list[Model]:
+    """COLMAP's models of the guided matches; of few photos those of the plain ones where these explain more.
+
+    A scene that guides wrongly may lead COLMAP astray with matches that agree with it.
+    """
+    models = map_incrementally(views, guided, work, config)
+    if guided is plain or len(views) > MAX_SHARED_TRY:
+        return models
+    unguided = map_incrementally(views, plain, work, config)
+    is_better = unguided and (not models or unguided[0].support.explains_more_than(models[0].support))
+    return unguided if is_better else models
+
+
 def choose(candidates: Iterable[Model]) -> list[Model]:
     """Models of different images, each the one that explains most of the images that are left.
 
     An image belongs to the first model that has it; models that bring fewer than three new ones,
-    or mostly old ones, are passed over.
+    or mostly old ones, are passed over. Where the alignment's does not explain clearly more, COLMAP's own is taken.
     """
     chosen: list[Model] = []
     covered: set[str] = set()
     left = [model for model in candidates if model.support.images >= 2]
     while left:
         best = left[0]
-        for model in left[1:]:  # the first of equals: the alignment's
-            if model.support.explains_more_than(best.support):
+        for model in left[1:]:
+            if model.support.explains_more_than(best.support) or _as_good(model, best):
                 best = model
         chosen.append(best if not best.names & covered else best.without(covered))
         covered |= best.names
         left = [m for m in left if len(m.names - covered) >= 3 and len(m.names - covered) > len(m.names) / 2]
     return chosen
+
+
+def _as_good(model: Model, best: Model) -> bool:
+    if best.origin != "alignment" or model.origin == "alignment":
+        return False
+    own, other = model.support, best.support
+    return own.images >= other.images and own.evidence >= EQUAL * other.evidence
 
 
 def closing_line(refinement: Refinement) -> str:
@@ -357,6 +383,7 @@ def _figures(support: Support) -> dict[str, Any]:
         "observations": support.observations,
         "points": support.points,
         "score": round(support.score, 1),
+        "evidence": round(support.evidence, 1),
         "mean_reprojection_error_px": round(support.mean_error_px, 3),
     }
 

@@ -10,6 +10,7 @@ from observed import observed_scene, perturbed
 from procedural import make_scene
 
 from dust3r_sfm.alignment.align import align
+from dust3r_sfm.alignment.refine import Support
 from dust3r_sfm.alignment.tracks import build_tracks
 from dust3r_sfm.evaluate import evaluate_poses
 from dust3r_sfm.formats.colmap import colmap_from_scene
@@ -17,9 +18,10 @@ from dust3r_sfm.formats.colmap_scenes import seen_maps
 from dust3r_sfm.formats.sparse_database import SparseMatches
 from dust3r_sfm.geometry.lens import Lens, bent
 from dust3r_sfm.geometry.transforms import camera_center
+from dust3r_sfm.mapping import Model
 from dust3r_sfm.match_dense import match_dense
 from dust3r_sfm.pairs import Pair
-from dust3r_sfm.refine_scene import closing_line, refine_scenes
+from dust3r_sfm.refine_scene import choose, closing_line, refine_scenes
 from dust3r_sfm.scene import SceneIds
 from dust3r_sfm.sparse_features import EMPTY, guide
 
@@ -196,3 +198,26 @@ def test_noise_of_dense_matches_does_not_make_an_alignment_worse(tmp_path):
     (scene,) = refine_scenes(small.views, [aligned], matches, EMPTY, tmp_path).scenes
     before, after = report(aligned, small), report(scene, small)
     assert after.median_rotation_deg <= 1.2 * before.median_rotation_deg  # 15 times without validation
+
+
+def candidate(origin, images=10, evidence=1000.0, names="abcdefghij"):
+    support = Support(images=images, observations=2000, points=400, score=1500.0, evidence=evidence, mean_error_px=0.5)
+    model = pycolmap.Reconstruction()
+    camera = pycolmap.Camera(camera_id=1, model="SIMPLE_PINHOLE", width=9, height=9, params=[9, 4, 4])
+    model.add_camera_with_trivial_rig(camera)
+    for i, name in enumerate(names, start=1):
+        model.add_image_with_trivial_frame(pycolmap.Image(name=name, camera_id=1, image_id=i), pycolmap.Rigid3d())
+    return Model(origin, model, support)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "origin"),
+    [
+        ({"evidence": 1010.0}, "mapping"),
+        ({"evidence": 997.0}, "mapping"),  # as good as equal: COLMAP's own
+        ({"evidence": 990.0}, "alignment"),
+        ({"evidence": 1500.0, "images": 9}, "alignment"),
+    ],
+)
+def test_the_alignment_is_taken_where_it_explains_clearly_more(mapping, origin):
+    assert [model.origin for model in choose([candidate("alignment"), candidate("mapping", **mapping)])] == [origin]

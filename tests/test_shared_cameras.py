@@ -55,6 +55,6 @@ def test_known_intrinsics_are_not_exchanged_for_shared_ones(photos):
     [(10, 1000.0, True), (10, 995.0, True), (10, 994.0, False), (9, 2000.0, False), (11, 500.0, True)],
 )
 def test_shared_cameras_may_explain_half_a_percent_less_but_no_image_less(images, score, taken):
-    own = Support(images=10, observations=2000, points=500, score=1000.0, mean_error_px=0.5)
-    shared = Support(images=images, observations=2000, points=500, score=score, mean_error_px=0.5)
+    own = Support(images=10, observations=2000, points=500, score=1000.0, evidence=700.0, mean_error_px=0.5)
+    shared = Support(images=images, observations=2000, points=500, score=score, evidence=0.7 * score, mean_error_px=0.5)
     assert _as_good(shared, own) is taken

@@ -24,6 +24,8 @@ WORSE = 0.98
 """Adjusting must leave at least this share of the score: points of small angles are dropped on purpose."""
 MIN_BEND_PX = 0.5
 """Distortion that moves no pixel of an image further is left out of its model."""
+NOISE_PX = 1.0
+"""Of keypoints: errors that are a few times larger say little for a model."""
 CameraModel = Literal["SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV"]
 NO_DISTORTION = {"SIMPLE_RADIAL": (0.0,), "RADIAL": (0.0, 0.0), "OPENCV": (0.0, 0.0, 0.0, 0.0)}
 
@@ -52,12 +54,16 @@ class Support:
     """Pixels that lie within `max_error_px` of their point's projection."""
     points: int
     score: float
-    """Observations, each counted as 1 - (error / max_error)^2: of two models the one with more explains more."""
+    """Observations, each counted as 1 - (error / max_error)^2."""
+    evidence: float
+    """Observations, each by how much likelier it is than a chance one, less what its point's own three unknowns
+    explain: of two models the one with more explains more. A wrong model that splits tracks, or bends cameras until all
+    is within a few pixels, may have more observations, but not more evidence."""
     mean_error_px: float
 
     def explains_more_than(self, other: Support) -> bool:
-        """The rule for all choices between models: more verified images first, then the higher score."""
-        return (self.images, self.score) > (other.images, other.score)
+        """The rule for all choices between models: more verified images first, then more evidence."""
+        return (self.images, self.evidence) > (other.images, other.evidence)
 
 
 @dataclass(frozen=True)
@@ -113,13 +119,16 @@ def support(reconstruction: pycolmap.Reconstruction, config: RefineConfig = Refi
     inside = errors <= config.max_error_px
     # A point that one image alone sees verifies nothing.
     _, point, lengths = np.unique(point_ids[inside], return_inverse=True, return_counts=True)
-    inside[inside] = lengths[point] >= 2
+    lengths = lengths[point]
+    inside[inside], lengths = lengths >= 2, lengths[lengths >= 2]
     counts = np.unique(image_ids[inside], return_counts=True)[1]
+    likelier = 1 - np.log1p(np.square(errors[inside] / NOISE_PX)) / np.log1p((config.max_error_px / NOISE_PX) ** 2)
     return Support(
         images=int((counts >= MIN_VERIFIED).sum()),
         observations=int(inside.sum()),
         points=len(np.unique(point_ids[inside])),
         score=float((1 - np.square(errors[inside] / config.max_error_px)).sum()),
+        evidence=float((likelier * (1 - 1.5 / lengths)).sum()),  # of 2 n numbers a point's own 3 explain as many
         mean_error_px=float(errors[inside].mean()) if inside.any() else 0.0,
     )
 

@@ -152,6 +152,30 @@ def test_support_counts_what_two_images_or_more_see_within_the_limit(observed):
     assert not far.explains_more_than(counted)
 
 
+def test_evidence_is_less_where_tracks_are_split_and_errors_larger(procedural):
+    def counted(noise_px):
+        return support(colmap_from_scene(observed_scene(procedural, noise_px=noise_px)))
+
+    exact, noisy = counted(0.0), counted(1.0)
+    # of the two numbers of each observation, points that are exact leave all but their own three unverified
+    assert exact.evidence == pytest.approx(exact.observations - 1.5 * exact.points, rel=1e-3)
+    assert noisy.evidence < 0.85 * exact.evidence
+    assert noisy.score > 0.85 * exact.score  # it hardly sees the noise
+    whole = colmap_from_scene(observed_scene(procedural, noise_px=0.0))
+    for point_id in sorted(whole.points3D)[::2]:  # every other point becomes two of half its observations
+        point = whole.point3D(point_id)
+        elements = [(e.image_id, e.point2D_idx) for e in point.track.elements]
+        if len(elements) >= 4:
+            xyz = point.xyz.copy()
+            whole.delete_point3D(point_id)
+            for half in (elements[::2], elements[1::2]):
+                whole.add_point3D(xyz, pycolmap.Track([pycolmap.TrackElement(*e) for e in half]))
+    split = support(whole)
+    assert split.observations == exact.observations
+    assert split.evidence < exact.evidence - 10
+    assert exact.explains_more_than(split)
+
+
 def test_lens_distortion_is_found_and_left_out_where_it_bends_nothing(procedural, observed):
     bent = bend(observed, 0.1)
     model = colmap_from_scene(bent)
