@@ -32,6 +32,7 @@ from dust3r_sfm.alignment.align import AlignConfig, fuse_depths, optimize, start
 from dust3r_sfm.alignment.cameras import cameras_of_views
 from dust3r_sfm.alignment.objective import State, pair_beliefs, pair_scales
 from dust3r_sfm.alignment.observations import Observations, sample_pairs, stack_samples
+from dust3r_sfm.benchmarks.profiling import profile_table
 from dust3r_sfm.benchmarks.published import Published, intrinsics
 from dust3r_sfm.geometry.camera import pixel_grid
 from dust3r_sfm.geometry.metrics import all_pairs_errors_deg
@@ -88,7 +89,7 @@ def main(
     views, predictions, truth = synthetic_predictions(n, (h, w), device)
     aligned, peak = _measured(views, predictions, config, device)
     if profile:
-        print(_profile(views, predictions, config))
+        print(profile_table(lambda: align_timed(views, predictions, config)))
     objective = Published(views, predictions, aligned.observations)
     start, value = time.perf_counter(), None
     if reference_iters > 0:
@@ -115,15 +116,6 @@ def _measured(
     align_timed(views, predictions, config)  # loads the kernels; the figures are of the second time
     torch.cuda.reset_peak_memory_stats()
     return align_timed(views, predictions, config), torch.cuda.max_memory_allocated() / 1e9
-
-
-def _profile(views: Sequence[View], predictions: dict[Pair, PairPrediction], config: AlignConfig) -> str:
-    """Tables of kernels, where there are any, and of operations on the host."""
-    with torch.profiler.profile() as profiler:
-        align_timed(views, predictions, config)
-    averages = profiler.key_averages()
-    keys = ["self_cpu_time_total"] + ["self_device_time_total"] * torch.cuda.is_available()
-    return "\n".join(averages.table(sort_by=key, row_limit=15, max_name_column_width=60) for key in keys)
 
 
 class Aligned(NamedTuple):

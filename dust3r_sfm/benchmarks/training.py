@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from dust3r_sfm.benchmarks.profiling import profile_table
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig
 from dust3r_sfm.train import SMALL, TrainConfig, make_trainer
@@ -76,6 +77,7 @@ def main(
     bf16_residual: bool = False,
     stem: bool = False,
     pose: float = 0.0,
+    profile: bool = False,
 ) -> None:
     """Print the times of a step for the shipped model's shape, and the share of the bfloat16 ceiling.
 
@@ -86,6 +88,7 @@ def main(
         bf16_residual: Keep the residual stream in bfloat16.
         stem: Let the network see XFeat's features.
         pose: Weight of the loss of poses.
+        profile: Print the kernels of a step of 192x256 that take longest, outside its graph.
     """
     if not torch.cuda.is_available():
         raise InputError("the training benchmark needs a CUDA device, and there is none")
@@ -101,3 +104,7 @@ def main(
     for step in (*easy.values(), *full.values()):
         _report(trainer, step, ceiling)
     print(f"update {_milliseconds(lambda: trainer.optimizer.step(1e-6, 1.0, 0.999)):.1f} ms")
+    if profile:
+        engine, size = trainer.engine, (192, 256)
+        engine.learn(engine.make(size))
+        print(profile_table(lambda: engine.learn(engine.make(size)), rows=40))
