@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -54,14 +53,12 @@ from dust3r_sfm.mapping import (
 )
 from dust3r_sfm.pairs import Matches, Pair
 from dust3r_sfm.priors import in_known_frame
-from dust3r_sfm.scene import Scene, Tracks
+from dust3r_sfm.scene import Scene, Tracks, share_in_empty_cells
 from dust3r_sfm.sparse_features import check_both, extract_sift, guide, import_features, known_cameras, within_masks
 from dust3r_sfm.views import View
 
 logger = logging.getLogger(__name__)
 
-CELLS = 24
-"""Cells along the longer side of a photo: dense tracks are kept where the cells of their keypoints are else empty."""
 
 EQUAL = 0.995
 """The alignment's model explains clearly more where another has less than this share of its evidence."""
@@ -335,12 +332,8 @@ def _with_fillers(scene: Scene, dense: Tracks | None, views: Sequence[View]) -> 
     """The scene with the dense tracks that lie where it has no keypoints, and colours for all points."""
     if dense is None or len(dense.errors) == 0:
         return scene
-    sparse = scene.tracks
-    taken = set(_cells(sparse, scene))
-    is_empty = np.array([cell not in taken for cell in _cells(dense, scene)])
-    share = np.bincount(dense.point_indices.numpy(), weights=is_empty, minlength=len(dense.errors))
-    share /= np.bincount(dense.point_indices.numpy(), minlength=len(dense.errors))
-    return dataclasses.replace(scene, tracks=joined(sparse, select_tracks(dense, share > 0.5)))
+    share = share_in_empty_cells(dense, scene.tracks, scene.original_sizes)
+    return dataclasses.replace(scene, tracks=joined(scene.tracks, select_tracks(dense, share > 0.5)))
 
 
 def joined(first: Tracks, second: Tracks) -> Tracks:
@@ -350,12 +343,6 @@ def joined(first: Tracks, second: Tracks) -> Tracks:
     }
     values["point_indices"] = torch.cat([first.point_indices, second.point_indices + len(first.errors)])
     return Tracks(**values)
-
-
-def _cells(tracks: Tracks, scene: Scene) -> list[tuple[int, int, int]]:
-    sides = torch.tensor([max(size) for size in scene.original_sizes])[tracks.image_indices] / CELLS
-    x, y = (tracks.keypoints / sides[:, None]).long().unbind(-1)
-    return list(zip(tracks.image_indices.tolist(), x.tolist(), y.tolist(), strict=True))
 
 
 def _scene_key(scene: Scene) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,9 @@ from dust3r_sfm.geometry.camera import split_rotation
 from dust3r_sfm.geometry.lens import Lens, bent, straightened
 from dust3r_sfm.pairs import Pair
 from dust3r_sfm.views import View
+
+CELLS = 24
+"""Cells along the longer side of a photo: where one has a keypoint there is no hole to fill."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +32,21 @@ class Tracks:
     """For each observation, its image: an index into `Scene.names`."""
     keypoints: Float[Tensor, "o 2"]
     """For each observation, its pixel in the stored file, corner origin."""
+
+
+def share_in_empty_cells(tracks: Tracks, others: Tracks, sizes: Sequence[tuple[int, int]]) -> Float64[np.ndarray, " p"]:
+    """For each point, the share of its keypoints in cells of photos (of these sizes) where others have no keypoint."""
+    sides = np.array([max(size) / CELLS for size in sizes])
+    taken, points = set(_cells(others, sides)), tracks.point_indices.numpy()
+    is_empty = np.array([cell not in taken for cell in _cells(tracks, sides)], dtype=bool)
+    counts = [np.bincount(points, weights=weights, minlength=len(tracks.errors)) for weights in (is_empty, None)]
+    return counts[0] / np.maximum(counts[1], 1)
+
+
+def _cells(tracks: Tracks, sides: Float64[np.ndarray, " n"]) -> list[tuple[int, int, int]]:
+    images = tracks.image_indices.numpy()
+    x, y = (tracks.keypoints.numpy() // sides[images, None]).astype(int).T
+    return list(zip(images.tolist(), x.tolist(), y.tolist(), strict=True))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from dust3r_sfm.alignment.anchoring import Positions, placed
 from dust3r_sfm.alignment.chaining import register_robustly
 from dust3r_sfm.alignment.observations import SparseGrid, usable_weights
-from dust3r_sfm.geometry.averaging import split_similarity
+from dust3r_sfm.geometry.averaging import CORNERS, split_similarity
 from dust3r_sfm.geometry.bending import Anchors, Joints, bending_similarities
 from dust3r_sfm.geometry.camera import pixel_grid
 from dust3r_sfm.geometry.transforms import inverse, rigid_transform, transform_points
@@ -32,8 +32,6 @@ MAX_JUDGED = 200
 MIN_SAMPLES, MAX_SAMPLES = 12, 400
 MIN_TOLERANCE = 0.002
 """Of their points' distance, which pairs are never taken to be more exact than."""
-CORNERS = ((0.0, 0.0, 0.0), (0.5, 0.0, 1.0), (-0.25, 0.43, 1.0), (-0.25, -0.43, 1.0))
-"""Points near an image, in units of its median depth, that stand for what it sees."""
 
 
 def drawn_to_positions(scene: Scene, predictions: Predictions, positions: Positions) -> Scene:

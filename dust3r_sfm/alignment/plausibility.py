@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dust3r_sfm.alignment.consistency import relation_distances
-from dust3r_sfm.geometry.averaging import disagreement
+from dust3r_sfm.geometry.averaging import disagreement, relation_distances
 from dust3r_sfm.geometry.transforms import inverse
 
 BLOCK = 200_000

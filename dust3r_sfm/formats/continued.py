@@ -14,14 +14,12 @@ from scipy.spatial import cKDTree
 from dust3r_sfm.formats.colmap import colmap_from_scene
 from dust3r_sfm.formats.colmap_scenes import numbered_tracks_of
 from dust3r_sfm.geometry.lens import bent
-from dust3r_sfm.scene import Scene, SceneIds, Tracks
+from dust3r_sfm.scene import Scene, SceneIds, Tracks, share_in_empty_cells
 
 SAME_PX = 1.0
 """Keypoints of one photo that are so near are one, in photos of 1024 pixels, else in proportion."""
 MAX_ERROR_PX = 4.0
 """How far from an earlier point's projection a keypoint may lie that joins the point; in the same measure."""
-CELLS = 24
-"""Cells along the longer side of a photo: where one has a point's keypoint there is no hole to fill."""
 MAX_ANGLE_DEG, MAX_SHIFT = 0.05, 1e-3
 """Between poses of the scene and the model that are the same; shifts as a share of the cameras' extent."""
 
@@ -111,19 +109,9 @@ def _joined(scene: Scene, poses: Float64[np.ndarray, "n 3 4"], old: Tracks, new:
 
 def _fills_holes(scene: Scene, old: Tracks, new: Tracks) -> Bool[np.ndarray, " p"]:
     """Whether new points are seen where old ones are not: mostly, or by an image that sees no old one at all."""
-    sides = np.array([max(size) / CELLS for size in scene.original_sizes])
-    taken = set(_cells(old, sides))
-    is_empty = np.array([cell not in taken for cell in _cells(new, sides)], dtype=bool)
     is_new_image = ~np.isin(new.image_indices.numpy(), old.image_indices.numpy())
-    points, count = new.point_indices.numpy(), len(new.errors)
-    share = np.bincount(points, weights=is_empty, minlength=count) / np.maximum(np.bincount(points, minlength=count), 1)
-    return (share > 0.5) | (np.bincount(points, weights=is_new_image, minlength=count) > 0)
-
-
-def _cells(tracks: Tracks, sides: Float64[np.ndarray, " n"]) -> list[tuple[int, int, int]]:
-    images = tracks.image_indices.numpy()
-    x, y = (tracks.keypoints.numpy() // sides[images, None]).astype(int).T
-    return list(zip(images.tolist(), x.tolist(), y.tolist(), strict=True))
+    by_new_image = np.bincount(new.point_indices.numpy(), weights=is_new_image, minlength=len(new.errors))
+    return (share_in_empty_cells(new, old, scene.original_sizes) > 0.5) | (by_new_image > 0)
 
 
 def _points_at(old: Tracks, new: Tracks, radius_px: Float64[np.ndarray, " n"]) -> Int64[np.ndarray, " o"]:

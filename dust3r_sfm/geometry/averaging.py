@@ -22,6 +22,8 @@ from dust3r_sfm.geometry.transforms import inverse, rotation_from_rotvec, rotvec
 NUM_ITERS = 10
 DAMPING = 1e-9
 """Of the graph's normal equations, relative to their diagonal: the frames of a part may move together."""
+CORNERS = ((0.0, 0.0, 0.0), (0.5, 0.0, 1.0), (-0.25, 0.43, 1.0), (-0.25, -0.43, 1.0))
+"""Points near an image, in units of what it sees, that stand for that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,7 @@ def relation_distances(first: Float[Tensor, "e 4 4"], second: Float[Tensor, "e 4
 
     Relative to the smaller scale, so that what shrinks everything to a point agrees with nothing.
     """
-    points = torch.tensor([[0.0, 0, 0, 1], [0.5, 0, 1, 1], [-0.25, 0.43, 1, 1], [-0.25, -0.43, 1, 1]])
+    points = torch.nn.functional.pad(torch.tensor(CORNERS), (0, 1), value=1.0)
     difference = (first - second) @ points.to(first).T
     scales = torch.minimum(*(x[:, :3, :3].square().sum(dim=(-2, -1)) / 3 for x in (first, second))).sqrt()
     return difference[:, :3].norm(dim=1).mean(dim=-1) / scales.clamp(min=1e-9, max=1)
