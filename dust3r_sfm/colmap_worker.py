@@ -57,6 +57,8 @@ def sift(
     """
     import pycolmap
 
+    from dust3r_sfm.colmap_versions import match_listed
+
     pycolmap.set_random_seed(0)
     device = pycolmap.Device.cpu
     with pycolmap.Database.open(database):
@@ -78,9 +80,7 @@ def sift(
     with short_names(database) as short, tempfile.TemporaryDirectory() as folder:
         listed = Path(folder) / "pairs.txt"
         listed.write_text("".join(f"{short[a]} {short[b]}\n" for a, b in pairs if a in short and b in short))
-        pycolmap.match_image_pairs(
-            database, pairing_options={"match_list_path": listed}, verification_options=verification, device=device
-        )
+        match_listed(database, listed, verification)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from dust3r_sfm.alignment.refine import (
     with_tracks,
     without_needless_distortion,
 )
+from dust3r_sfm.colmap_versions import add_camera, add_image, put_back
 from dust3r_sfm.colmap_worker import run_task
 from dust3r_sfm.formats.colmap import colmap_from_scene
 from dust3r_sfm.formats.sparse_database import SparseMatches, write_database
@@ -197,10 +198,13 @@ def map_images(
         paths["previous"] = previous.absolute()
     if not run_task("map_images", **paths, constant_cameras=constant_cameras, options=options):
         return []
-    if (output / "images.bin").is_file():  # where COLMAP leaves a continued model
-        return [pycolmap.Reconstruction(output)]
     folders = sorted((folder for folder in output.iterdir() if folder.name.isdigit()), key=lambda f: int(f.name))
-    return [pycolmap.Reconstruction(folder) for folder in folders]
+    if (output / "images.bin").is_file():  # where COLMAP may leave a continued model
+        folders = [output]
+    models = [pycolmap.Reconstruction(folder) for folder in folders]
+    for model in models if previous is not None else ():
+        put_back(model, pycolmap.Reconstruction(previous))
+    return models
 
 
 def _polished(reconstruction: pycolmap.Reconstruction, known: Known, config: RefineConfig) -> Model:
@@ -390,9 +394,9 @@ def with_keypoints(
         own = pycolmap.Camera(
             camera_id=i, model=camera.model.name, width=camera.width, height=camera.height, params=camera.params
         )
-        new.add_camera_with_trivial_rig(own)
+        add_camera(new, own)
         image = pycolmap.Image(name=name, camera_id=i, image_id=i, keypoints=keypoints[name])
-        new.add_image_with_trivial_frame(image, reconstruction.image(i).cam_from_world())
+        add_image(new, image, reconstruction.image(i).cam_from_world())
     return new
 
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float64
 
 from dust3r_sfm.alignment.localization import Features, Structure
+from dust3r_sfm.colmap_versions import add_camera, add_image
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.formats.cameras_json import read_cameras_json
 from dust3r_sfm.formats.colmap import read_colmap
@@ -60,9 +61,9 @@ class Reference:
         for i, (name, camera) in enumerate(self.cameras.items(), start=1):
             own = copy.deepcopy(camera)
             own.camera_id = i
-            model.add_camera_with_trivial_rig(own)
+            add_camera(model, own)
             image = pycolmap.Image(name=name, camera_id=i, image_id=i)
-            model.add_image_with_trivial_frame(image, pycolmap.Rigid3d(self.cam_from_world[name]))
+            add_image(model, image, pycolmap.Rigid3d(self.cam_from_world[name]))
         return model
 
     def guesses_for(self, size: tuple[int, int]) -> tuple[pycolmap.Camera, ...]:

@@ -12,6 +12,7 @@ from aligned import true_scene
 from PIL import Image
 from procedural import make_scene
 
+from dust3r_sfm.colmap_versions import add_camera, add_image
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.evaluate import evaluate_model, evaluate_poses, main, markdown_table, pose_table, read_model
 from dust3r_sfm.formats.scenes import write_scenes
@@ -46,10 +47,10 @@ def write_model(folder, poses):
     folder.mkdir(parents=True)
     model = pycolmap.Reconstruction()
     camera = pycolmap.Camera(camera_id=1, model="SIMPLE_PINHOLE", width=32, height=32, params=[30, 16, 16])
-    model.add_camera_with_trivial_rig(camera)
+    add_camera(model, camera)
     for i, (name, pose) in enumerate(poses.items(), start=1):
         image = pycolmap.Image(name=name, camera_id=1, image_id=i)
-        model.add_image_with_trivial_frame(image, pycolmap.Rigid3d(pose[:3].numpy()))
+        add_image(model, image, pycolmap.Rigid3d(pose[:3].numpy()))
     model.write(folder)
     return folder
 

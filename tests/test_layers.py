@@ -7,7 +7,7 @@ import dust3r_sfm
 
 ROOT = Path(dust3r_sfm.__file__).parent
 LAYERS = {"errors": 0, "files": 0, "geometry": 0, "views": 1, "pairs": 1, "graph": 1, "pair_graph": 1, "scene": 1}
-LAYERS |= {"schedule": 1}
+LAYERS |= {"colmap_versions": 0, "schedule": 1}
 LAYERS["depth_views"] = 1
 LAYERS |= dict.fromkeys(["models", "formats", "alignment", "training", "retrieval"], 2)
 STAGE_LAYER = 3

@@ -12,6 +12,7 @@ from procedural import make_scene
 from dust3r_sfm.alignment.align import align
 from dust3r_sfm.alignment.refine import Support
 from dust3r_sfm.alignment.tracks import build_tracks
+from dust3r_sfm.colmap_versions import add_camera, add_image, new_camera
 from dust3r_sfm.evaluate import evaluate_poses
 from dust3r_sfm.formats.colmap import colmap_from_scene
 from dust3r_sfm.formats.colmap_scenes import seen_maps
@@ -60,7 +61,7 @@ def sparse_of(scene, names=None):
             if len(shared) >= 15:
                 geometries[Pair(name0, name1)] = geometry
     width, height = scene.original_sizes[0]
-    camera = pycolmap.Camera.create_from_model_name(1, "SIMPLE_RADIAL", 1.2 * width, width, height)
+    camera = new_camera(1, pycolmap.CameraModelId.SIMPLE_RADIAL, 1.2 * width, (width, height))
     return SparseMatches(keypoints, geometries, dict.fromkeys(names, camera), {})
 
 
@@ -204,9 +205,9 @@ def candidate(origin, images=10, evidence=1000.0, names="abcdefghij"):
     support = Support(images=images, observations=2000, points=400, score=1500.0, evidence=evidence, mean_error_px=0.5)
     model = pycolmap.Reconstruction()
     camera = pycolmap.Camera(camera_id=1, model="SIMPLE_PINHOLE", width=9, height=9, params=[9, 4, 4])
-    model.add_camera_with_trivial_rig(camera)
+    add_camera(model, camera)
     for i, name in enumerate(names, start=1):
-        model.add_image_with_trivial_frame(pycolmap.Image(name=name, camera_id=1, image_id=i), pycolmap.Rigid3d())
+        add_image(model, pycolmap.Image(name=name, camera_id=1, image_id=i), pycolmap.Rigid3d())
     return Model(origin, model, support)
 
 

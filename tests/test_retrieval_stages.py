@@ -12,6 +12,7 @@ from PIL import Image
 import dust3r_sfm
 from dust3r_sfm import extract_descriptors
 from dust3r_sfm.__main__ import main
+from dust3r_sfm.colmap_versions import add_camera, add_image
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.formats.descriptors import DescriptorFile, ImageDescriptor, write_descriptors
 from dust3r_sfm.formats.pairs import read_pairs
@@ -212,9 +213,9 @@ def test_lists_choose_too_and_names_given_twice_count_once(tmp_path):
 def test_the_images_of_a_model_are_the_database(tmp_path):
     rows = random_rows(8)
     model = pycolmap.Reconstruction()
-    model.add_camera_with_trivial_rig(pycolmap.Camera(camera_id=1, model="PINHOLE", width=4, height=3, params=[1] * 4))
+    add_camera(model, pycolmap.Camera(camera_id=1, model="PINHOLE", width=4, height=3, params=[1] * 4))
     for i, name in enumerate(("db/01.jpg", "db/03.jpg"), start=1):
-        model.add_image_with_trivial_frame(pycolmap.Image(name=name, camera_id=1, image_id=i), pycolmap.Rigid3d())
+        add_image(model, pycolmap.Image(name=name, camera_id=1, image_id=i), pycolmap.Rigid3d())
     (tmp_path / "model").mkdir()
     model.write(tmp_path / "model")
     write(tmp_path / "f.h5", rows)

@@ -14,6 +14,7 @@ from torch import Tensor
 from dust3r_sfm.alignment.attach import moved
 from dust3r_sfm.alignment.focal_priors import FocalPriors, bundle_with_priors, take_over
 from dust3r_sfm.alignment.refine import RefineConfig, solver_options, support
+from dust3r_sfm.colmap_versions import pose_prior_adjuster, solved
 from dust3r_sfm.geometry.bending import USUAL_SIGMAS
 from dust3r_sfm.geometry.positions import MAX_SIGMAS, Placement, place_cameras
 from dust3r_sfm.geometry.transforms import camera_center
@@ -127,7 +128,7 @@ def _adjusted_to(
     focal_priors: FocalPriors,
 ) -> pycolmap.Reconstruction | None:
     """The model adjusted with the positions as priors; None where the solver finds no solution."""
-    adjusted, priors = pycolmap.Reconstruction(reconstruction), []
+    adjusted, priors = pycolmap.Reconstruction(reconstruction), {}
     bundle = bundle_with_priors(adjusted, focal_priors)
     for image_id in sorted(adjusted.reg_image_ids()):
         image = adjusted.image(image_id)
@@ -136,17 +137,12 @@ def _adjusted_to(
         if image.name in positions:
             position, sigma = (t.double().numpy() for t in positions[image.name])
             prior = pycolmap.PosePrior(position=position, position_covariance=np.diag(sigma**2))
-            prior.corr_data_id = image.data_id
             prior.coordinate_system = pycolmap.PosePriorCoordinateSystem.CARTESIAN
-            priors.append(prior)
-    options = pycolmap.PosePriorBundleAdjustmentOptions()
-    options.ceres.prior_position_loss_function_type = pycolmap.LossFunctionType.CAUCHY
-    options.ceres.prior_position_loss_scale = PRIOR_LOSS_SIGMAS
-    options.alignment_ransac.random_seed = 0
-    adjuster = pycolmap.create_pose_prior_bundle_adjuster(
-        solver_options(config), options, bundle.config, priors, bundle.reconstruction
+            priors[image_id] = prior
+    adjuster = pose_prior_adjuster(
+        solver_options(config), bundle.config, priors, bundle.reconstruction, PRIOR_LOSS_SIGMAS
     )
-    if not adjuster.solve().is_solution_usable():
+    if not solved(adjuster):
         return None
     take_over(adjusted, bundle.reconstruction)
     return adjusted

@@ -14,6 +14,8 @@ import numpy as np
 import pycolmap
 from jaxtyping import Float64
 
+from dust3r_sfm.colmap_versions import add_image
+
 FocalPriors = Mapping[str, tuple[float, float]]
 """By image name a focal length in pixels of the stored file, and its relative standard deviation."""
 MAX_TANGENT = 0.02
@@ -48,7 +50,7 @@ def bundle_with_priors(reconstruction: pycolmap.Reconstruction, priors: FocalPri
         points, keypoints = _seen(extended.camera(camera_id), focal, sigma)
         twice = np.repeat(keypoints, 2, axis=0)  # points of a single observation take no part
         image = pycolmap.Image(name=f"prior {camera_id}", camera_id=camera_id, image_id=image_id, keypoints=twice)
-        extended.add_image_with_trivial_frame(image, pycolmap.Rigid3d())
+        add_image(extended, image, pycolmap.Rigid3d())
         config.add_image(image_id)
         config.set_constant_rig_from_world_pose(extended.image(image_id).frame_id)
         for i, point in enumerate(points):

@@ -11,6 +11,7 @@ import numpy as np
 import pycolmap
 
 from dust3r_sfm.alignment.focal_priors import Bundle, FocalPriors, bundle_with_priors, take_over
+from dust3r_sfm.colmap_versions import add_camera, add_image, ceres_options, solved
 from dust3r_sfm.geometry.lens import PINHOLES, Lens, bend_px, camera_with_lens, lens_of
 from dust3r_sfm.scene import Tracks
 
@@ -243,13 +244,13 @@ def rebuilt(
     """The images that `camera_of` has by id, with their points, other cameras, and keypoints after their own."""
     new = pycolmap.Reconstruction()
     for camera in cameras:
-        new.add_camera_with_trivial_rig(camera)
+        add_camera(new, camera)
     for image_id, camera_id in sorted(camera_of.items()):
         old = reconstruction.image(image_id)
         keypoints = np.array([point2D.xy for point2D in old.points2D]).reshape(-1, 2)
         keypoints = np.concatenate([keypoints, (more_keypoints or {}).get(image_id, np.zeros((0, 2)))])
         image = pycolmap.Image(name=old.name, camera_id=camera_id, image_id=image_id, keypoints=keypoints)
-        new.add_image_with_trivial_frame(image, old.cam_from_world())
+        add_image(new, image, old.cam_from_world())
     for point in reconstruction.points3D.values():
         elements = [element for element in point.track.elements if element.image_id in camera_of]
         if len(elements) >= 2:
@@ -287,8 +288,7 @@ def _adjust(
     for _ in range(2):
         bundle = bundle_with_priors(reconstruction, priors)
         _hold(bundle, reconstruction, poses, held)
-        summary = pycolmap.create_default_bundle_adjuster(options, bundle.config, bundle.reconstruction).solve()
-        if not summary.is_solution_usable():
+        if not solved(pycolmap.create_default_bundle_adjuster(options, bundle.config, bundle.reconstruction)):
             return "the solver found no solution"
         take_over(reconstruction, bundle.reconstruction)
         ratios = {i: reconstruction.camera(i).mean_focal_length() / focal for i, focal in start.items()}
@@ -317,10 +317,11 @@ def _hold(bundle: Bundle, reconstruction: pycolmap.Reconstruction, poses: set[st
 
 def solver_options(config: RefineConfig, factor: float = 1.0) -> pycolmap.BundleAdjustmentOptions:
     options = pycolmap.BundleAdjustmentOptions(print_summary=False)
-    options.ceres.loss_function_type = pycolmap.LossFunctionType.CAUCHY
-    options.ceres.loss_function_scale = factor * config.max_error_px / 4
-    options.ceres.solver_options.max_num_iterations = config.max_iters
-    options.ceres.solver_options.function_tolerance = 1e-6
+    ceres = ceres_options(options)
+    ceres.loss_function_type = pycolmap.LossFunctionType.CAUCHY
+    ceres.loss_function_scale = factor * config.max_error_px / 4
+    ceres.solver_options.max_num_iterations = config.max_iters
+    ceres.solver_options.function_tolerance = 1e-6
     return options
 
 

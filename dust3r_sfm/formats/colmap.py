@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dust3r_sfm.colmap_versions import add_camera, add_image, is_valid
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.formats.colmap_files import PARTS, check_binary_model, model_files
 from dust3r_sfm.geometry.camera import split_rotation
@@ -83,7 +84,7 @@ def read_colmap(folder: Path | str) -> pycolmap.Reconstruction:
         check_binary_model(folder)
     try:
         reconstruction = pycolmap.Reconstruction(folder)
-        valid = _is_valid(reconstruction) and all(camera.verify_params() for camera in reconstruction.cameras.values())
+        valid = is_valid(reconstruction) and all(camera.verify_params() for camera in reconstruction.cameras.values())
     except (ValueError, IndexError, RuntimeError) as error:
         raise InputError(f"the COLMAP model in {folder} is broken: {error}") from error
     if not valid:
@@ -121,11 +122,11 @@ def colmap_from_scene(
     for index, (name, camera_id) in enumerate(zip(scene.names, camera_ids, strict=True)):
         xy = np.concatenate([keypoints[index], (more_keypoints or {}).get(name, np.zeros((0, 2)))])
         image = pycolmap.Image(name=name, camera_id=camera_id, image_id=image_ids[index], keypoints=xy)
-        _add_image(reconstruction, image, pycolmap.Rigid3d(cam_from_world[index, :3].numpy()))
+        add_image(reconstruction, image, pycolmap.Rigid3d(cam_from_world[index, :3].numpy()))
     if scene.tracks is not None:
         _add_points(reconstruction, scene.tracks, np.array(image_ids), _point_ids(scene))
     reconstruction.update_point_3d_errors()
-    assert _is_valid(reconstruction)
+    assert is_valid(reconstruction)
     return reconstruction
 
 
@@ -153,10 +154,7 @@ def _add_cameras(
         lens = _middle_lens([scene.lens(i) for i in members])
         camera = camera_with_lens(middle, scene.original_sizes[members[0]], lens, camera_id)
         assert camera.verify_params()
-        reconstruction.add_camera(camera)
-        rig = pycolmap.Rig(rig_id=camera_id)  # pycolmap 3.13 has no call that adds both
-        rig.add_ref_sensor(camera.sensor_id)
-        reconstruction.add_rig(rig)
+        add_camera(reconstruction, camera)
         for index in members:
             camera_ids[index] = camera_id
     return camera_ids
@@ -172,17 +170,6 @@ def _middle_lens(lenses: Sequence[Lens | None]) -> Lens | None:
 
 def _order_by_image(tracks: Tracks) -> np.ndarray:
     return np.argsort(tracks.image_indices.cpu().numpy(), kind="stable")
-
-
-def _add_image(
-    reconstruction: pycolmap.Reconstruction, image: pycolmap.Image, cam_from_world: pycolmap.Rigid3d
-) -> None:
-    frame = pycolmap.Frame(frame_id=image.image_id, rig_id=image.camera_id)
-    frame.add_data_id(image.data_id)
-    frame.rig_from_world = cam_from_world
-    reconstruction.add_frame(frame)
-    image.frame_id = frame.frame_id
-    reconstruction.add_image(image)
 
 
 def _keypoints_by_image(scene: Scene) -> list[np.ndarray]:
@@ -222,10 +209,6 @@ def _add_points(
         for _ in range(before + 1, point_id):  # COLMAP numbers on from the last that it has had
             reconstruction.delete_point3D(reconstruction.add_point3D(point, pycolmap.Track()))
         before = reconstruction.add_point3D(point, pycolmap.Track(elements[start:end]), color)
-
-
-def _is_valid(reconstruction: pycolmap.Reconstruction) -> bool:
-    return not hasattr(reconstruction, "is_valid") or reconstruction.is_valid()  # pycolmap 3.13 cannot say
 
 
 def _check_written(folder: Path) -> None:

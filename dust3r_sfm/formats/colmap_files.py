@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pycolmap
 
+from dust3r_sfm.colmap_versions import new_camera
 from dust3r_sfm.errors import InputError
 
 PARTS = ("cameras", "images", "points3D", "rigs", "frames")
@@ -35,12 +36,10 @@ def check_binary_model(folder: Path) -> None:
 
 
 def _end_of_cameras(data: bytes) -> int:
-    # pycolmap 3.13 has the old name
-    create = getattr(pycolmap.Camera, "create_from_model_id", None) or pycolmap.Camera.create
     position = 8
     for _ in range(struct.unpack_from("<Q", data)[0]):
         model = struct.unpack_from("<i", data, position + 4)[0]
-        camera = create(1, pycolmap.CameraModelId(model), 1.0, 1, 1)
+        camera = new_camera(1, pycolmap.CameraModelId(model), 1.0, (1, 1))
         position += 24 + 8 * len(camera.params)
     return position
 

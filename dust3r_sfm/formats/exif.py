@@ -73,8 +73,17 @@ def enu_positions(
     values[:, 2] = [usual if f.altitude_m is None else f.altitude_m for f in fixes.values()]
     values[:, 1] = values[0, 1] + (values[:, 1] - values[0, 1] + 180) % 360 - 180  # not around the globe
     origin = np.median(values, axis=0)
-    enu = pycolmap.GPSTransform().ellipsoid_to_enu(values, *origin)
-    return GpsFix(*map(float, origin)), dict(zip(fixes, np.asarray(enu), strict=True))
+    earth = pycolmap.GPSTransform()  # its own east, north and up take no altitude in 3.13
+    in_earth = np.asarray(earth.ellipsoid_to_ecef(values)) - np.asarray(earth.ellipsoid_to_ecef(origin[None]))
+    enu = in_earth @ _enu_from_earth(*np.deg2rad(origin[:2])).T
+    return GpsFix(*map(float, origin)), dict(zip(fixes, enu, strict=True))
+
+
+def _enu_from_earth(latitude: float, longitude: float) -> Float64[np.ndarray, "3 3"]:
+    """East, north and up at a place given in radians, as rows in the frame of the earth's axes."""
+    east = [-np.sin(longitude), np.cos(longitude), 0]
+    up = [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)]
+    return np.array([east, np.cross(up, east), up])
 
 
 def _gps(tags: Mapping[int, Any]) -> GpsFix | None:

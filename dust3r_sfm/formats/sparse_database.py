@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pycolmap
 
+from dust3r_sfm.colmap_versions import read_descriptors
 from dust3r_sfm.pairs import Pair
 
 
@@ -34,7 +35,7 @@ def read_database(path: Path) -> SparseMatches:
         found = sorted((i for i in images if database.exists_keypoints(i)), key=lambda i: images[i].name)
         names = {i: images[i].name for i in found}
         keypoints = {names[i]: np.asarray(database.read_keypoints(i), dtype=np.float64)[:, :2] for i in found}
-        descriptors = {names[i]: database.read_descriptors(i).data for i in found if database.exists_descriptors(i)}
+        descriptors = {names[i]: read_descriptors(database, i) for i in found if database.exists_descriptors(i)}
         geometries = {}
         pair_ids, two_view = database.read_two_view_geometries()
         for pair_id, geometry in zip(pair_ids, two_view, strict=True):
@@ -85,8 +86,9 @@ def _write_camera(database: pycolmap.Database, index: int, camera: pycolmap.Came
 
 def _write_image(database: pycolmap.Database, index: int, name: str, camera_id: int, keypoints: np.ndarray) -> None:
     """The camera of an image comes before it."""
+    image = pycolmap.Image(name=name, camera_id=camera_id, image_id=index)
     frame = pycolmap.Frame(frame_id=index, rig_id=camera_id)
-    frame.add_data_id(pycolmap.data_t(database.read_camera(camera_id).sensor_id, index))
+    frame.add_data_id(image.data_id)
     database.write_frame(frame, use_frame_id=True)
-    database.write_image(pycolmap.Image(name=name, camera_id=camera_id, image_id=index), use_image_id=True)
+    database.write_image(image, use_image_id=True)
     database.write_keypoints(index, keypoints.astype(np.float32))

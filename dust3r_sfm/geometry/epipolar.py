@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pycolmap
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dust3r_sfm.colmap_versions import relative_pose
 from dust3r_sfm.geometry.camera import project
 from dust3r_sfm.geometry.colmap_types import colmap_camera, ransac_options, transform_from_rigid3d
 from dust3r_sfm.geometry.transforms import camera_center, rigid_transform, transform_points
@@ -44,15 +44,10 @@ def relative_pose_from_matches(
     if any(len(keypoints[finite].unique(dim=0)) < _MIN_MATCHES for keypoints in (keypoints0, keypoints1)):
         return None
     pixels0, pixels1 = (k[finite].detach().cpu().double().numpy() for k in (keypoints0, keypoints1))
-    camera0, camera1 = colmap_camera(K0), colmap_camera(K1)
-    options = pycolmap.RANSACOptions(ransac_options(max_error_px))
-    found = pycolmap.estimate_relative_pose(camera0, pixels0, camera1, pixels1, options)
+    found = relative_pose((colmap_camera(K0), colmap_camera(K1)), (pixels0, pixels1), ransac_options(max_error_px))
     if found is None or found["num_inliers"] < max(_MIN_MATCHES, _MIN_INLIER_SHARE * len(pixels0)):
         return None
-    refined = pycolmap.refine_relative_pose(
-        found["cam2_from_cam1"], camera0, pixels0, camera1, pixels1, found["inlier_mask"]
-    )
-    pose = transform_from_rigid3d((refined or found)["cam2_from_cam1"]).to(keypoints0)
+    pose = transform_from_rigid3d(found["cam2_from_cam1"]).to(keypoints0)
     inliers = torch.zeros_like(finite)
     inliers[finite] = torch.as_tensor(found["inlier_mask"], device=finite.device)
     return RelativePose(pose, inliers) if pose.isfinite().all() else None

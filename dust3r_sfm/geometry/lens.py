@@ -8,6 +8,8 @@ import numpy as np
 import pycolmap
 from jaxtyping import Float
 
+from dust3r_sfm.colmap_versions import new_camera
+
 PINHOLES = ("SIMPLE_PINHOLE", "PINHOLE")
 WITHOUT_PINHOLE = ("INVALID", "EQUIRECTANGULAR")
 SAME_PX = 0.5
@@ -52,8 +54,7 @@ def camera_with_lens(
         return pycolmap.Camera(camera_id=camera_id, model=model, width=size[0], height=size[1], params=params)
     if lens.model not in pycolmap.CameraModelId.__members__ or lens.model in WITHOUT_PINHOLE:
         raise ValueError(f"{lens.model} is no camera model here: expected one of COLMAP's, such as OPENCV or RADIAL")
-    create = getattr(pycolmap.Camera, "create_from_model_name", None) or pycolmap.Camera.create
-    camera = create(camera_id, lens.model, 1.0, size[0], size[1])
+    camera = new_camera(camera_id, pycolmap.CameraModelId.__members__[lens.model], 1.0, size)
     params = np.array(camera.params)
     focals = list(camera.focal_length_idxs())
     params[focals] = [fx, fy] if len(focals) == 2 else (fx + fy) / 2

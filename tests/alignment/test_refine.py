@@ -19,6 +19,7 @@ from dust3r_sfm.alignment.refine import (
     with_tracks,
     without_needless_distortion,
 )
+from dust3r_sfm.colmap_versions import is_valid
 from dust3r_sfm.evaluate import evaluate_poses
 from dust3r_sfm.formats.colmap import colmap_from_scene
 from dust3r_sfm.formats.colmap_scenes import scene_from_colmap
@@ -204,7 +205,7 @@ def test_tracks_are_added_with_keypoints_of_their_own(observed):
     more = with_tracks(model, observed.tracks, range(1, 9))
     assert more.num_points3D() == 2 * model.num_points3D()
     assert more.compute_num_observations() == 2 * model.compute_num_observations()
-    assert more.is_valid()
+    assert is_valid(more)
     more.update_point_3d_errors()
     assert more.compute_mean_reprojection_error() == pytest.approx(model.compute_mean_reprojection_error(), rel=1e-6)
 
