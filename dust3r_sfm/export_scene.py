@@ -118,7 +118,7 @@ def export_scenes(
         raise ReconstructionError("there is no scene to export: no two images could be aligned")
     check_formats(config, [name for scene in scenes for name in scene.names])
     if "hloc" in config.formats and matches is None:
-        raise InputError("hloc's files are made of matches: give the matches of match_dense")
+        raise InputError("hloc's files are made of matches: give --matches, what match_dense or reconstruct wrote")
     # write_colmap takes no tracks, but not tracks without a point
     scenes = [scene if _num_points(scene) else dataclasses.replace(scene, tracks=None) for scene in scenes]
     seen_views, views = views, straight_views(views, scenes)

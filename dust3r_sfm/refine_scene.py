@@ -2,8 +2,9 @@
 
 Two models are made of the same verified matches: one from the poses of the alignment, one by
 COLMAP's incremental mapping, which knows nothing of the network. The one that explains more is
-taken: first more images that see at least 30 points, then the higher sum over observations of
-1 - (error / max_error)^2. Images that only the alignment has are placed beside it by the
+taken: first more images that see at least 30 points, then more evidence (`Support`); COLMAP's
+where the alignment's does not explain clearly more. Of few photos COLMAP also maps the matches
+that no scene helped to find. Images that only the alignment has are placed beside it by the
 alignment, relative to their nearest neighbour. Dense tracks fill the parts of photos that no
 keypoint covers. Where no image can be verified the alignment stays, adjusted on its dense tracks.
 

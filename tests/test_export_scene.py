@@ -213,5 +213,5 @@ def test_names_that_a_format_cannot_hold_are_refused_before_anything_is_written(
 
 
 def test_hloc_s_files_need_matches(scene, procedural, tmp_path):
-    with pytest.raises(InputError, match="give the matches of match_dense"):
+    with pytest.raises(InputError, match="give --matches, what match_dense or reconstruct wrote"):
         export_scenes([scene], procedural.views, tmp_path, config=ExportConfig(formats=("hloc",)))
