@@ -2,8 +2,9 @@
 
     python -m dust3r_sfm.evaluate_pairs --scenes_dir scenes --model weights.safetensors --json figures.json
 
-Pose: RANSAC-PnP of image 1's pixels against its pointmap in camera 0's frame, with the reference K
-(pixels freed of lens distortion), and beside it with camera 1's own focal: the one that the pointmap
+Pose: RANSAC-PnP of image 1's pixels against its pointmap in camera 0's frame, with camera 1's reference K
+(pixels freed of lens distortion). Beside it with the reference K of both cameras, the pointmap being given
+camera 0's focal in place of the one that it has; and with camera 1's own focal: the one that the pointmap
 of image 1 gives where the pair is predicted the other way round, principal point in the centre.
 """
 
@@ -31,7 +32,7 @@ from dust3r_sfm.files import write_bytes
 from dust3r_sfm.formats.dev_pairs import DevPairs, DevView, load_dev_pairs
 from dust3r_sfm.geometry.camera import K_from_focal
 from dust3r_sfm.geometry.colmap_types import colmap_camera, transform_from_rigid3d
-from dust3r_sfm.geometry.focal import focal_from_pointmap
+from dust3r_sfm.geometry.focal import focal_from_pointmap, with_focal
 from dust3r_sfm.geometry.metrics import (
     focal_error,
     relative_depth_errors,
@@ -117,8 +118,8 @@ def evaluate_pairs(
     finally:
         model.train(was_training)
     predicted = time.perf_counter()
-    poses, poses_own_focal = _poses(dev_pairs, measured, num_threads or min(os.cpu_count() or 1, 16))
-    errors = _errors(dev_pairs, measured, across, poses, poses_own_focal)
+    poses = _poses(dev_pairs, measured, num_threads or min(os.cpu_count() or 1, 16))
+    errors = _errors(dev_pairs, measured, across, poses)
     end = time.perf_counter()
     return make_report(errors, {"network": predicted - start, "poses": end - predicted, "total": end - start})
 
@@ -208,26 +209,38 @@ def _depth_errors(depth: Float[Tensor, "h w"], confidence: Float[Tensor, "h w"],
     )
 
 
-def _poses(
-    dev_pairs: DevPairs, measured: dict[IndexPair, _Measured], num_threads: int
-) -> tuple[Float[Tensor, "p 4 4"], Float[Tensor, "p 4 4"]]:
-    """cam1_from_cam0 of every pair with the reference K and with camera 1's own focal; NaN where there is none."""
+class _Poses(NamedTuple):
+    """cam1_from_cam0 of every pair; NaN where there is none."""
 
-    def estimate(pair: IndexPair) -> tuple[Tensor, Tensor]:
+    known: Float[Tensor, "p 4 4"]
+    """With camera 1's reference K."""
+    both_known: Float[Tensor, "p 4 4"]
+    """With the reference K of both cameras."""
+    own_focal: Float[Tensor, "p 4 4"]
+    """With camera 1's own focal."""
+
+
+def _poses(dev_pairs: DevPairs, measured: dict[IndexPair, _Measured], num_threads: int) -> _Poses:
+    def estimate(pair: IndexPair) -> tuple[Tensor, Tensor, Tensor]:
         i, j = pair
         view1, found = dev_pairs.views[j], measured[pair]
         keypoints = view1.keypoints.flatten(0, 1)[found.pixels1]
         height, width = view1.view.size
         x, y = found.pixels1 % width + 0.5, found.pixels1 // width + 0.5
         own_K = K_from_focal(torch.tensor(measured[j, i].focal), torch.tensor([width / 2, height / 2]))
+        stretched = with_focal(found.points1_in_cam0, torch.tensor(found.focal), _focal(dev_pairs.views[i]))
         return (
             _resect(found.points1_in_cam0, keypoints, view1.K),
+            _resect(stretched, keypoints, view1.K),
             _resect(found.points1_in_cam0, torch.stack([x, y], dim=-1), own_K),
         )
 
     with ThreadPoolExecutor(num_threads) as pool:  # pycolmap's estimators leave the lock of Python to the others
-        reference_K, own_focal = zip(*pool.map(estimate, dev_pairs.pairs), strict=True)
-    return torch.stack(reference_K), torch.stack(own_focal)
+        return _Poses(*map(torch.stack, zip(*pool.map(estimate, dev_pairs.pairs), strict=True)))
+
+
+def _focal(view: DevView) -> Float[Tensor, ""]:
+    return view.K.diagonal()[:2].mean()
 
 
 def _resect(
@@ -252,20 +265,21 @@ def _errors(
     dev_pairs: DevPairs,
     measured: dict[IndexPair, _Measured],
     across: Float[Tensor, "q 2"],
-    poses: Float[Tensor, "p 4 4"],
-    poses_own_focal: Float[Tensor, "p 4 4"],
+    poses: _Poses,
 ) -> PairErrors:
     views, pairs = dev_pairs.views, dev_pairs.pairs
     of_pairs = [measured[pair] for pair in pairs]
     reference = torch.stack([views[j].cam_from_world @ inverse(views[i].cam_from_world) for i, j in pairs]).double()
     focals = torch.tensor([found.focal for found in of_pairs])
-    reference_focals = torch.stack([views[i].K.diagonal()[:2].mean() for i, _ in pairs])
+    reference_focals = torch.stack([_focal(views[i]) for i, _ in pairs])
     return PairErrors(
         scenes=tuple(views[i].scene for i, _ in pairs),
-        rotation_deg=relative_rotation_error_deg(poses, reference),
-        translation_deg=relative_translation_error_deg(poses, reference),
-        rotation_own_focal_deg=relative_rotation_error_deg(poses_own_focal, reference),
-        translation_own_focal_deg=relative_translation_error_deg(poses_own_focal, reference),
+        rotation_deg=relative_rotation_error_deg(poses.known, reference),
+        translation_deg=relative_translation_error_deg(poses.known, reference),
+        rotation_both_known_deg=relative_rotation_error_deg(poses.both_known, reference),
+        translation_both_known_deg=relative_translation_error_deg(poses.both_known, reference),
+        rotation_own_focal_deg=relative_rotation_error_deg(poses.own_focal, reference),
+        translation_own_focal_deg=relative_translation_error_deg(poses.own_focal, reference),
         focal=focal_error(focals, reference_focals),
         confidence=torch.stack([found.confidence for found in of_pairs]),
         depth=torch.stack([found.depth for found in of_pairs]),

@@ -22,6 +22,9 @@ class PairErrors:
     scenes: tuple[str, ...]
     rotation_deg: Float[Tensor, " p"]
     translation_deg: Float[Tensor, " p"]
+    rotation_both_known_deg: Float[Tensor, " p"]
+    """With the pointmap given camera 0's reference focal, too."""
+    translation_both_known_deg: Float[Tensor, " p"]
     rotation_own_focal_deg: Float[Tensor, " p"]
     """With camera 1's focal estimated, in place of the reference K."""
     translation_own_focal_deg: Float[Tensor, " p"]
@@ -51,7 +54,9 @@ class SceneScores:
     scene: str
     num_pairs: int
     reference_focal: PoseScores
-    """With the reference K."""
+    """With the reference K of camera 1."""
+    both_known: PoseScores
+    """With the reference K of both cameras: z is scaled so that image 0's pointmap has the focal of its K."""
     own_focal: PoseScores
     """With the focal that the network's own pointmaps give."""
     focal_error: float
@@ -92,17 +97,20 @@ class PairReport:
 
     def figures(self) -> dict[str, float]:
         """The total in a line of a run's history; without what was not measured."""
-        known, own, c = self.total.reference_focal, self.total.own_focal, self.calibration
+        total, c = self.total, self.calibration
+        known, both, own = total.reference_focal, total.both_known, total.own_focal
         values = {"rra15": known.rra15, "rta15": known.rta15, "maa30": known.maa30}
+        values |= {"both_rra15": both.rra15, "both_rta15": both.rta15, "both_maa30": both.maa30}
         values |= {"own_rra15": own.rra15, "own_rta15": own.rta15, "own_maa30": own.maa30}
-        values |= {"focal_error": self.total.focal_error, "depth_error": self.total.depth_error}
+        values |= {"focal_error": total.focal_error, "depth_error": total.depth_error}
         values |= {"separation": c.separation, "separation_weaker_image": c.separation_weaker_image}
         return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
     def table(self) -> str:
         """A markdown table, a line a scene and their total, and two lines on the confidences."""
         header = ["scene", "pairs", "RRA@15", "RTA@15", "mAA(30)", "rot deg", "trans deg"]
-        header += ["own focal: RRA@15", "RTA@15", "mAA(30)", "focal err %", "depth err %"]
+        header += ["both K: RRA@15", "RTA@15", "mAA(30)", "own focal: RRA@15", "RTA@15", "mAA(30)"]
+        header += ["focal err %", "depth err %"]
         rows = [_row(scores) for scores in (*self.scenes, self.total)]
         c = self.calibration
         lines = [
@@ -133,6 +141,7 @@ def _scene_scores(name: str, errors: PairErrors, mask: Bool[Tensor, " p"]) -> Sc
         scene=name,
         num_pairs=int(mask.sum()),
         reference_focal=_pose_scores(errors.rotation_deg[mask], errors.translation_deg[mask]),
+        both_known=_pose_scores(errors.rotation_both_known_deg[mask], errors.translation_both_known_deg[mask]),
         own_focal=_pose_scores(errors.rotation_own_focal_deg[mask], errors.translation_own_focal_deg[mask]),
         focal_error=errors.focal[mask].median().item(),
         depth_error=_median_or_none(errors.depth[mask, 0]),
@@ -172,12 +181,12 @@ def _median_or_none(values: Float[Tensor, " p"]) -> float | None:
 
 
 def _row(scores: SceneScores) -> list[str]:
-    known, own = scores.reference_focal, scores.own_focal
+    known, others = scores.reference_focal, (scores.both_known, scores.own_focal)
     angles = [f"{known.median_rotation_deg:.1f}", f"{known.median_translation_deg:.1f}"]
     return [
         *(scores.scene, str(scores.num_pairs)),
         *(f"{100 * known.rra15:.1f}", f"{100 * known.rta15:.1f}", f"{known.maa30:.3f}", *angles),
-        *(f"{100 * own.rra15:.1f}", f"{100 * own.rta15:.1f}", f"{own.maa30:.3f}"),
+        *(text for s in others for text in (f"{100 * s.rra15:.1f}", f"{100 * s.rta15:.1f}", f"{s.maa30:.3f}")),
         *(_percent(scores.focal_error), _percent(scores.depth_error)),
     ]
 

@@ -18,6 +18,7 @@ from dust3r_sfm.alignment.chaining import start_pairs
 from dust3r_sfm.alignment.clusters import AlignClusters, Cluster, align_in_clusters
 from dust3r_sfm.alignment.dense import fused_depth
 from dust3r_sfm.alignment.initialization import KnownFrame
+from dust3r_sfm.alignment.known_focals import with_known_focals
 from dust3r_sfm.alignment.objective import (
     CAMERA_DOF,
     FOCAL_INDEX,
@@ -81,9 +82,10 @@ def iterate_components(
 
     Pairs that contradict the rest have no say, and an image that only contradictions place is in no scene: both are
     named in `Scene.doubts`. Of many images clusters are aligned alone and merged, by `align_clusters` where given.
-    Known intrinsics and poses of any of the views are held. Several known places fix world and scale, one known
-    pose fixes the world; else the world is the camera of the image with most pairs, and the median depth is 1, or
-    where three positions or more are known their frame, to which the scene is bent by their standard deviations.
+    Known intrinsics and poses of any of the views are held, and pointmaps get the focal lengths that are known. Several
+    known places fix world and scale, one known pose fixes the world; else the world is the camera of the image with
+    most pairs, and the median depth is 1, or where three positions or more are known their frame, to which the scene is
+    bent by their standard deviations.
     ReconstructionError where no pair says anything.
     """
     is_any_posed = any(view.known_cam_from_world is not None for view in views)
@@ -117,6 +119,7 @@ def _iterate_whole(views: Sequence[View], predictions: Predictions, config: Alig
     """A scene for every component, each aligned as one problem."""
     # Of a great many pairs fewer pixels each say as much, and all fit in memory.
     max_samples = min(config.max_samples, max(MIN_SAMPLES_PER_IMAGE, MAX_SAMPLES_IN_ALL // (2 * len(predictions) + 1)))
+    predictions = with_known_focals(views, predictions)
     samples = sample_pairs(views, predictions, max_samples)
     components = connected_components([view.name for view in views], samples)
     components = [names for names in components if len(names) > 1]

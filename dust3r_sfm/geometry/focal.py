@@ -14,6 +14,18 @@ _OUTLIER_RATIO = 5.0
 _MIN_RESIDUAL_PX = 1e-6
 
 
+def with_focal(
+    points: Float[Tensor, "*batch n 3"], focal: Float[Tensor, "*#batch"], known_focal: Float[Tensor, "*#batch"]
+) -> Float[Tensor, "*batch n 3"]:
+    """Points in the frame of a camera of focal length `focal`, as one of `known_focal` sees them in the same pixels.
+
+    A network that takes a photo for one of a shorter lens sees everything too shallow by the ratio of the focal
+    lengths: z grows by `known_focal / focal`, x and y stay. Unchanged where `focal` is not a positive number.
+    """
+    ratio = torch.where((focal > 0) & focal.isfinite(), known_focal / focal, 1.0).to(points)
+    return torch.cat([points[..., :2], points[..., 2:] * ratio[..., None, None]], dim=-1)
+
+
 def focal_from_pointmap(
     pointmap: Float[Tensor, "*batch h w 3"],
     confidence: Float[Tensor, "*batch h w"],

@@ -177,6 +177,21 @@ def test_two_known_cameras_in_one_place_fix_the_world_and_leave_the_scale(exact)
 
 
 @pytest.mark.parametrize("known", [(2,), (0, 1), range(5)])
+def test_predictions_that_take_the_lens_for_another_are_mended_by_the_known_one(exact, known):
+    """All of space in each pair's frame is drawn out by 1.4 along camera 0's axis, as for a lens as much longer."""
+    stretch = torch.tensor([1.0, 1.0, 1.4])
+    wrong = dict(exact.predictions)
+    for pair, p in exact.predictions.items():
+        if exact.names.index(pair.name0) in known:
+            pointmaps = {f"pointmap{k}_in_cam0": getattr(p, f"pointmap{k}_in_cam0") * stretch for k in (0, 1)}
+            wrong[pair] = replace(p, **pointmaps)
+    scene = align(with_known(exact, focals=known), wrong)
+    assert rotation_error_deg(scene, exact) < 0.05
+    assert center_error(scene, exact) < 1e-3
+    assert depth_errors(scene, exact).max() < 1e-3
+
+
+@pytest.mark.parametrize("known", [(2,), (0, 1), range(5)])
 def test_known_intrinsics_of_any_images_are_kept(noisy, known):
     scene = align(with_known(noisy, focals=known), noisy.predictions)
     order = indices(scene, noisy)
