@@ -25,6 +25,8 @@ MAX_RETUNES = 3
 MAX_DAMPING = 1e6
 ROUNDING = 1e-7
 """Changes of the cost that float32 does not resolve."""
+NOTHING_LEFT = 0.1
+"""Of the least improvement: a step that lowers the cost by less than this share of it is the last one."""
 
 
 def with_settled_depth(problem: Problem, state: State) -> tuple[Problem, State]:
@@ -68,10 +70,11 @@ def minimize(problem: Problem, state: State, max_iters: int, min_improvement: fl
             if damping > MAX_DAMPING:
                 break
             continue
-        is_small = cost - trial_cost < min_improvement * cost + ROUNDING
-        num_stalled = num_stalled + 1 if is_small else 0
+        gain = cost - trial_cost
+        num_stalled = num_stalled + 1 if gain < min_improvement * cost + ROUNDING else 0
+        is_settled = gain < NOTHING_LEFT * min_improvement * cost
         state, evaluation, cost, damping = trial, trial_evaluation, trial_cost, max(damping / 5, 1e-9)
-        if num_stalled == 3:
+        if is_settled or num_stalled == 3:
             break
         equations = normal_equations(problem, state, evaluation)
     return state, evaluation
