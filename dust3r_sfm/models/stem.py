@@ -51,6 +51,8 @@ class XFeat(nn.Module):
         variance, mean = torch.var_mean(grey, dim=(2, 3), correction=0, keepdim=True)
         grey = (grey - mean) * (variance + BATCH_NORM_EPS).rsqrt()
         x = self._run("block1", grey) + self.skip(functional.avg_pool2d(grey, 4))
+        # enlarging in the other layout takes CUDA more time than all the rest
+        x = x.contiguous(memory_format=torch.channels_last)
         eighth = self._run("block3", self._run("block2", x))
         sixteenth = self._run("block4", eighth)
         levels = [sixteenth, self._run("block5", sixteenth)]

@@ -24,7 +24,7 @@ def orthogonalize(x: Float[Tensor, "n r c"], steps: int = 5) -> Float[Tensor, "n
     y = (y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
     for _ in range(steps):
         s = y @ y.transpose(1, 2)
-        y = a * y + (b * s + c * (s @ s)) @ y
+        y = torch.baddbmm(y, torch.baddbmm(s, s, s, beta=b, alpha=c), y, beta=a)
     return (y.transpose(1, 2) if tall else y).to(x.dtype)
 
 
