@@ -21,7 +21,7 @@ from dust3r_sfm.pairs import Pair, PairPrediction, Predictions, size_of, stride_
 from dust3r_sfm.views import View
 
 NETWORK_SIGMA = 0.1
-"""Standard deviation of the logarithm of the focal length that a pair of real photos tells."""
+"""Standard deviation of the logarithm of the focal length that several pairs of an image tell."""
 MAX_SAMPLES = 3000
 """Pixels of image 0 that tell the focal length of its pointmap."""
 
