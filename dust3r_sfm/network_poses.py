@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from dust3r_sfm.alignment.known_focals import focused, own_focal
 from dust3r_sfm.alignment.localization import CameraPose, PointMatches, QueryCamera, joined, scored
 from dust3r_sfm.filter_pairs import pair_score
 from dust3r_sfm.geometry.camera import split_rotation, transform_K
@@ -68,7 +69,10 @@ def relative_poses(
     found = []
     for name in images:
         pair, view = Pair(name, query.name), views[name]
+        K0 = torch.from_numpy(np.array(reference.cameras[name].calibration_matrix()))
+        reference_turn, K0 = _net_camera(view, K0)
         prediction = predictions[pair]
+        prediction = focused(prediction, K0.float(), own_focal(prediction, K0[:2, 2].float()))
         scale = unit_scale(prediction, view, reference.seen.get(name))
         own = _camera_of_query(query, camera, predictions.get(pair.reversed()))
         if scale is None or own is None or pair_score(prediction) < MIN_CONFIDENCE:
@@ -79,7 +83,6 @@ def relative_poses(
             continue
         relative = relative.double()
         relative[:3, 3] *= scale
-        reference_turn = _net_camera(view, torch.eye(3, dtype=torch.float64))[0]
         world = torch.eye(4, dtype=torch.float64)
         world[:3] = torch.from_numpy(reference.cam_from_world[name])
         pose = turn @ relative @ inverse(reference_turn) @ world

@@ -49,15 +49,8 @@ class _Focused(Mapping[Pair, PairPrediction]):
         if K is None:
             return prediction
         if pair not in self._focals:
-            self._focals[pair] = _own_focal(prediction, K[:2, 2])
-        focal, known = torch.tensor(self._focals[pair]), K.diagonal()[:2].mean()
-        known = focal * (known / focal) ** self._trust[pair.name0]
-
-        def focused(pointmap: Float[Tensor, "h w 3"]) -> Float[Tensor, "h w 3"]:
-            return with_focal(pointmap.flatten(0, 1), focal, known).view_as(pointmap)
-
-        pointmaps = (focused(x) for x in (prediction.pointmap0_in_cam0, prediction.pointmap1_in_cam0))
-        return replace(prediction, pointmap0_in_cam0=next(pointmaps), pointmap1_in_cam0=next(pointmaps))
+            self._focals[pair] = own_focal(prediction, K[:2, 2])
+        return focused(prediction, K, self._focals[pair], self._trust[pair.name0])
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self._predictions)
@@ -66,7 +59,22 @@ class _Focused(Mapping[Pair, PairPrediction]):
         return len(self._predictions)
 
 
-def _own_focal(prediction: PairPrediction, principal_point: Float[Tensor, "2"]) -> float:
+def focused(prediction: PairPrediction, K: Float[Tensor, "3 3"], focal: float, trust: float = 1.0) -> PairPrediction:
+    """Both pointmaps, of own focal length `focal`, with that of K; by a `trust` under 1 with one between both."""
+    own, known = torch.tensor(focal), K.diagonal()[:2].mean()
+    known = own * (known / own) ** trust
+
+    def of(pointmap: Float[Tensor, "h w 3"]) -> Float[Tensor, "h w 3"]:
+        return with_focal(pointmap.flatten(0, 1), own, known).view_as(pointmap)
+
+    return replace(
+        prediction,
+        pointmap0_in_cam0=of(prediction.pointmap0_in_cam0),
+        pointmap1_in_cam0=of(prediction.pointmap1_in_cam0),
+    )
+
+
+def own_focal(prediction: PairPrediction, principal_point: Float[Tensor, "2"]) -> float:
     """In pixels of image 0; NaN where its pointmap tells none."""
     grid = SparseGrid.of(size_of(prediction, 0), MAX_SAMPLES, stride_of(prediction, 0))
     there = (prediction.pointmap0_in_cam0, prediction.confidence0)
