@@ -54,7 +54,8 @@ def make_batch(dice: Dice, batch: int, size: tuple[int, int], source: Source, co
     num_real = max(1, round(config.scene_share * batch)) if source.scenes and config.scene_share else 0
     num_fresh, parts = batch - num_real, []
     if num_fresh:
-        fresh = sample_pairs(dice, num_fresh, *size, source.textures, config.samples, wide_share=config.wide_share)
+        shares = {"wide_share": config.wide_share, "courts": config.courts, "one_make": config.one_make}
+        fresh = sample_pairs(dice, num_fresh, *size, source.textures, config.samples, **shares)
         parts.append(fresh)
     if num_real:
         parts.append(source.scenes.sample(dice, num_real, size))

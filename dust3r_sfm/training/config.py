@@ -37,6 +37,10 @@ class LoopConfig:
     """Colour samples a pixel of the renderer."""
     wide_share: float = 0.0
     """Share of the procedural pairs whose cameras stand as far apart as the overlap allows."""
+    courts: float = 0.22
+    """Share of the worlds that are courts, with facades of portals and windows."""
+    one_make: float = 0.35
+    """Share of the worlds in which hardly a colour tells one thing from the next, as where all is of one stone."""
     apart_share: float = 0.0
     """Share of the procedural pairs whose photos are of two worlds, to teach low confidence."""
     scene_share: float = 0.5
@@ -79,6 +83,8 @@ class LoopConfig:
             "easy_share",
             "portrait",
             "wide_share",
+            "courts",
+            "one_make",
             "apart_share",
             "scene_share",
             "constant_share",

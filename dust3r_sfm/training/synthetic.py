@@ -109,13 +109,16 @@ def sample_pairs(
     samples: int = 1,
     kernel: CDLL | None = None,
     wide_share: float = 0.0,
+    courts: float = 0.15,
+    one_make: float = 0.0,
 ) -> TrainingPairs:
     """Random worlds seen by two cameras each: fresh at every call, on the dice's device.
 
-    `wide_share` is of the pairs with a wide baseline, see `sample_cameras`. With `kernel`, of `load_kernel` for the
+    `wide_share` is of the pairs with a wide baseline, see `sample_cameras`; `courts` and `one_make` of certain worlds,
+    see `sample_world`. With `kernel`, of `load_kernel` for the
     CPU, they are rendered ten times faster there.
     """
-    world = sample_world(dice, batch, len(textures))
+    world = sample_world(dice, batch, len(textures), courts, one_make)
 
     def render_depth(primitives: Tensor, lights: Tensor, cameras: Tensor, h: int, w: int) -> Tensor:
         if kernel is None:

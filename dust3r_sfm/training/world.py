@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dust3r_sfm.geometry.transforms import rotation_from_rotvec
@@ -291,7 +291,7 @@ def _facades(dice: Dice, room: Tensor) -> Tensor:
     return _place(kind, center, torch.stack([other, tall, deep], -1), facing.expand(b, 4, 3, 3), 0 * tall)
 
 
-def _paint(dice: Dice, rows: Tensor, kind: Tensor, textures: int, radius: Tensor) -> None:
+def _paint(dice: Dice, rows: Tensor, textures: int, radius: Tensor, one_make: float) -> None:
     """Materials, in place: textures shared within an object, plain surfaces, gloss, a few lamps."""
     b, n, _ = rows.shape
     device = dice.device
@@ -325,6 +325,20 @@ def _paint(dice: Dice, rows: Tensor, kind: Tensor, textures: int, radius: Tensor
     rows[..., r.EMISSION] = torch.where(
         dice.chance(0.02, b, n), dice.uniform(b, n, low=0.5, high=2.0), torch.zeros((), device=device)
     )
+    if one_make:
+        _make_alike(dice, rows, dice.chance(one_make, b, 1))
+
+
+def _make_alike(dice: Dice, rows: Tensor, wanted: Bool[Tensor, "b 1"]) -> None:
+    """Scenes of one stone, in place: up to three textures, and almost one colour for all."""
+    b, n, _ = rows.shape
+    variety, pick = dice.integer(3, b, 1) + 1, dice.integer(3, b, n)
+    for column in (r.TEXTURE0, r.TEXTURE1):
+        few = rows[..., column].gather(1, pick % variety)
+        rows[..., column] = torch.where(wanted, few, rows[..., column])
+    tint = rows[..., r.TINT]
+    alike = torch.lerp(tint, tint[:, :1], dice.uniform(b, 1, 1, low=0.6, high=1.0))
+    rows[..., r.TINT] = torch.where(wanted[..., None], alike, tint)
 
 
 def _lights(dice: Dice, kind: Tensor, room: Tensor, textures: int) -> Tensor:
@@ -356,9 +370,16 @@ def _lights(dice: Dice, kind: Tensor, room: Tensor, textures: int) -> Tensor:
     return l
 
 
-def sample_world(dice: Dice, batch: int, textures: int) -> World:
-    """A batch of random scenes over `textures` textures, on the dice's device, without synchronisation."""
-    weights = constant(_KIND_WEIGHTS, dice.device).cumsum(0)
+def sample_world(
+    dice: Dice, batch: int, textures: int, courts: float = _KIND_WEIGHTS[COURT], one_make: float = 0.0
+) -> World:
+    """A batch of random scenes over `textures` textures, on the dice's device, without synchronisation.
+
+    `courts` is the share of courts among them, `one_make` of scenes in which hardly a colour tells one thing from the
+    next, as where all is of one stone: there an edge is not a step in depth.
+    """
+    others = (1 - courts) / sum(_KIND_WEIGHTS[:COURT])
+    weights = constant((*(others * weight for weight in _KIND_WEIGHTS[:COURT]), courts), dice.device).cumsum(0)
     kind = (dice.uniform(batch, 1) * weights[-1] > weights).sum(-1).clamp(max=4)
     side = dice.ranged(_ROOM, kind, batch, 2)
     room = torch.cat([side, 2 * dice.ranged(_HEIGHT, kind, batch, 1)], -1)
@@ -366,7 +387,7 @@ def sample_world(dice: Dice, batch: int, textures: int) -> World:
     around, ground = _surroundings(dice, kind, room, radius)
     objects, subjects = _objects(dice, kind, radius, room, ground)
     primitives = torch.cat([around, objects.flatten(1, 2)], 1)
-    _paint(dice, primitives, kind, textures, radius)
+    _paint(dice, primitives, textures, radius, one_make)
     wall = dice.uniform(batch, 4, 2, low=-1.0, high=1.0)
     wall = wall / wall.abs().amax(-1, keepdim=True).clamp(min=1e-3)
     on_walls = torch.cat([wall, dice.uniform(batch, 4, 1, low=0.15, high=0.7)], -1) * room[:, None]
