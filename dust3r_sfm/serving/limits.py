@@ -77,6 +77,11 @@ class Allowance:
             if self._bytes_left < 0:
                 raise InputError(f"the input is larger than {self.limits.max_gb:g} GB: send less, or smaller photos")
 
+    def give_back(self, num_bytes: int) -> None:
+        """Count bytes no longer: they are not kept."""
+        with self._lock:
+            self._bytes_left += num_bytes
+
     def seconds_left(self) -> float:
         """Above zero; TimeLimitError where nothing is left."""
         left = self._end_s - time.monotonic()

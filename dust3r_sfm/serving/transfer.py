@@ -11,12 +11,13 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import string
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedIOBase
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.serving.limits import Allowance
@@ -33,6 +34,9 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 class _PassingError(Exception):
     """What another try may mend."""
+
+
+PASSING = (_PassingError, OSError, http.client.HTTPException)
 
 
 def is_public(address: IPAddress) -> bool:
@@ -64,7 +68,7 @@ class Transfer:
                 with self._answer(url) as response, open(path, "wb") as file:
                     self._copy(response, file)
                     return response.headers.get_content_type()
-            except (_PassingError, OSError, http.client.HTTPException) as error:
+            except PASSING as error:
                 self.allowance.seconds_left()
                 if not left:
                     raise InputError(f"{without_query(url)} could not be read: {error!r}") from error
@@ -97,7 +101,7 @@ class Transfer:
                 connection.request("GET", target, headers={"Accept-Encoding": "identity"})
                 with connection.getresponse() as response:
                     if response.status in REDIRECTS and response.headers["Location"]:
-                        url = urljoin(url, response.headers["Location"])
+                        url = _redirected(url, response.headers["Location"])
                         continue
                     if response.status >= 500:
                         raise _PassingError(f"{response.status} {response.reason}")
@@ -108,25 +112,27 @@ class Transfer:
         raise InputError(f"{start} leads on more than {MAX_REDIRECTS} times: give the final address")
 
     def _copy(self, response: http.client.HTTPResponse, file: BufferedIOBase) -> None:
+        """Write what comes; its bytes are given back where another try may write them anew."""
         expected, received = response.length, 0
         if expected is not None and expected > self.allowance.limits.max_bytes:
             self.allowance.spend(expected)
-        while chunk := response.read1(CHUNK):
-            self.allowance.spend(len(chunk))
-            received += len(chunk)
-            file.write(chunk)
-        self.allowance.seconds_left()  # else it may have been cut
-        if expected is not None and received < expected:
-            raise _PassingError(f"it ended after {received} of {expected} bytes")
+        try:
+            while chunk := response.read1(CHUNK):
+                received += len(chunk)
+                self.allowance.spend(len(chunk))
+                file.write(chunk)
+            self.allowance.seconds_left()  # else it may have been cut
+            if expected is not None and received < expected:
+                raise _PassingError(f"it ended after {received} of {expected} bytes")
+        except PASSING:
+            self.allowance.give_back(received)
+            raise
 
     @contextmanager
     def _connected(self, url: str) -> Iterator[tuple[_Pinned, str]]:
         """A connection to the checked address of a URL, and what to ask it for; shut when the job's time is over."""
-        parts, shown = urlsplit(url), without_query(url)
-        try:
-            host, port = parts.hostname, parts.port
-        except ValueError:
-            raise InputError(f"{shown} is no address: expected https://host/path") from None
+        parts, shown = split_url(url), without_query(url)
+        host, port = parts.hostname, parts.port
         if parts.scheme not in ("https", "http") or not host or parts.username is not None:
             raise InputError(f"{shown} cannot be fetched: expected an address such as https://host/path")
         kind = _PinnedHttps if parts.scheme == "https" else _Pinned
@@ -140,7 +146,8 @@ class Transfer:
         timer.daemon = True
         timer.start()
         try:
-            yield connection, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            yield connection, quote(target, safe=string.punctuation)  # as browsers do with blanks and letters like ä
         finally:
             timer.cancel()
             connection.close()
@@ -183,6 +190,23 @@ class _PinnedHttps(_Pinned):
     def connect(self) -> None:
         super().connect()
         self.sock = self.opened = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+
+
+def split_url(url: str) -> SplitResult:
+    """The parts of a URL; InputError where it has no such form."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # read when asked for
+    except ValueError:
+        raise InputError(f"{without_query(url)} is no address: expected https://host/path") from None
+    return parts
+
+
+def _redirected(url: str, location: str) -> str:
+    try:
+        return urljoin(url, quote(location.encode("latin-1"), safe=string.punctuation))  # bytes are read as latin-1
+    except ValueError:
+        raise InputError(f"{without_query(url)} leads on to what is no address: give the final one") from None
 
 
 def without_query(url: str) -> str:

@@ -112,10 +112,45 @@ def test_what_cannot_be_fetched_is_a_sentence_without_the_key(site, local, tmp_p
     assert "secret" not in str(error.value)
 
 
-@pytest.mark.parametrize("url", ["https://", "https:///a", "https://h:x/", "https://me:pw@8.8.8.8/a"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("https://", "https:///a", "https://h:x/", "https://me:pw@8.8.8.8/a"),
+        *("https://[abc/a.jpg", "https://\u2100.example/a.jpg", "https://a b/a.jpg"),
+    ],
+)
 def test_what_is_no_address_is_a_sentence(local, tmp_path, url):
     with pytest.raises(InputError):
         local.download(url, tmp_path / "a")
+    with pytest.raises(InputError):
+        local.check(url)
+
+
+def test_a_redirect_to_what_is_no_address_is_a_sentence(site, local, tmp_path):
+    with pytest.raises(InputError, match="leads on to what is no address"):
+        local.download(f"{site}/to/https://[abc/x", tmp_path / "a")
+
+
+def test_blanks_and_letters_of_any_language_in_an_address_are_encoded_and_the_rest_is_left(site, local, tmp_path):
+    local.download(f"{site}/\u5bfa b%20c.png?key=\u00e4/+&x=%2F", tmp_path / "a")
+    local.download(f"{site}/to//%C3%A4 b.png", tmp_path / "a")
+    (tmp_path / "result.zip").write_bytes(b"result")
+    local.upload(tmp_path / "result.zip", f"{site}/\u00e4.zip")
+    assert [path for path, _ in Site.asked if not path.startswith("/to/")] == [
+        "/%E5%AF%BA%20b%20c.png?key=%C3%A4/+&x=%2F",
+        "/%C3%A4%20b.png",
+    ]
+    assert list(Site.uploads) == ["/%C3%A4.zip"]
+
+
+def test_a_download_that_is_tried_again_counts_once(site, tmp_path):
+    """`/cut` sends three bytes of nine in each of three tries."""
+    transfer = Transfer(Allowance(Limits(max_gb=10e-9)), LOCAL)
+    with pytest.raises(InputError, match="ended after 3 of 9 bytes"):
+        transfer.download(f"{site}/cut", tmp_path / "a")
+    transfer.download(f"{site}/a.png", tmp_path / "a")
+    with pytest.raises(InputError, match="larger than"):
+        transfer.download(f"{site}/a.png", tmp_path / "a")
 
 
 def test_a_host_that_does_not_answer_is_a_sentence(local, tmp_path, monkeypatch):
