@@ -11,7 +11,11 @@ import logging
 import sys
 from collections.abc import Sequence
 
+import torch
+
 OUT_OF_MEMORY = 12
+SIGNS = ("out of memory", "ALLOC_FAILED", "allocate")
+"""In RuntimeErrors for want of memory: of CUDA itself, of cuBLAS and cuDNN, of torch's allocator on the CPU."""
 
 
 class _Stages(logging.Handler):
@@ -33,11 +37,16 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return run(["reconstruct", *arguments])
     except (MemoryError, RuntimeError) as error:
-        # torch's own error for the GPU; for the CPU it raises a RuntimeError that names its allocator
-        if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate" in str(error):
+        if is_out_of_memory(error):
             print(f"dust3r-sfm: out of memory: {error}", file=sys.stderr)
             return OUT_OF_MEMORY
         raise
+
+
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether memory ran out, on the GPU or beside it: only torch's own allocator has an error of its own for that."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or any(sign in str(error) for sign in SIGNS)
 
 
 if __name__ == "__main__":

@@ -61,9 +61,10 @@ def reconstruct_apart(
 
 def _run(command: Sequence[str], log: Path, allowance: Allowance, progress: Callable[[str], None]) -> int:
     """The exit code of a command whose standard error goes to `log`; TimeLimitError where it was ended."""
+    seconds_left = allowance.seconds_left()
     with open(log, "wb") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
-    with process, _ended_after(allowance.seconds_left(), process):
+    with process, _ended_after(seconds_left, process):
         for line in process.stdout or ():
             if line.startswith("stage "):
                 progress(line.removeprefix("stage ").strip())

@@ -3,9 +3,10 @@
 import sys
 
 import pytest
+import torch
 
 from dust3r_sfm.errors import ReconstructionError
-from dust3r_sfm.serving.child import OUT_OF_MEMORY
+from dust3r_sfm.serving.child import OUT_OF_MEMORY, is_out_of_memory
 from dust3r_sfm.serving.isolation import SMALLER, OutOfMemoryError, reconstruct_apart
 from dust3r_sfm.serving.limits import Allowance, Limits, TimeLimitError
 
@@ -48,6 +49,23 @@ time.sleep(60)
 """
     with pytest.raises(TimeLimitError, match="longer than 0.5 s"):
         run(script, tmp_path, seconds=0.5)
+
+
+def test_a_job_whose_time_is_over_starts_no_run(tmp_path):
+    with pytest.raises(TimeLimitError):
+        run(f"open('{tmp_path}/started', 'w'); time.sleep(1)", tmp_path, seconds=0.0)
+    assert not (tmp_path / "started").exists()
+
+
+def test_memory_that_cannot_be_had_is_told_from_our_own_faults():
+    with pytest.raises(RuntimeError) as beside:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(beside.value)
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to reserve 2.00 GiB"))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"))
 
 
 def test_our_own_faults_are_told_as_such(tmp_path):
