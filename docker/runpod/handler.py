@@ -17,7 +17,7 @@ from dust3r_sfm.serving.limits import Limits
 
 logger = logging.getLogger("dust3r_sfm.handler")
 
-CONCURRENCY = int(os.environ.get("DUST3R_SFM_CONCURRENCY", "1"))
+CONCURRENCY = int(os.environ.get("DUST3R_SFM_CONCURRENCY") or 1)
 """Jobs at a time on one worker; each has a process of its own and they share the GPU."""
 
 

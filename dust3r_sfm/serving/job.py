@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from dust3r_sfm import __version__
 from dust3r_sfm.demo import write_photos
@@ -23,7 +23,7 @@ from dust3r_sfm.serving.archives import copy, is_archive, pack, unpack_photos
 from dust3r_sfm.serving.isolation import CHILD, OutOfMemoryError, reconstruct_apart
 from dust3r_sfm.serving.limits import Allowance, Limits, TimeLimitError
 from dust3r_sfm.serving.request import Request, arguments_of, parse_request
-from dust3r_sfm.serving.transfer import Transfer, without_query
+from dust3r_sfm.serving.transfer import Transfer, split_url, without_query
 from dust3r_sfm.views import SUFFIXES, list_images
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ CODES: dict[type[Exception], str] = {
     RuntimeError: "internal",
 }
 """What each error is told as; the first that fits."""
+MAX_PATH, MAX_NAME = 1024, 200
+"""Bytes of a path below the volume, and of each name in it: temporary names and those of the result are longer."""
 MAX_REASONS = 100
 """Photos without a pose that the manifest gives reasons for; summary.json has all."""
 
@@ -118,7 +120,10 @@ def _fetch(request: Request, folder: Path, limits: Limits, allowance: Allowance,
         allowance.check_count(len(names))
         allowance.spend(sum((source / name).stat().st_size for name in names))
         return source
+    if request.volume_path is not None:
+        allowance.spend(source.stat().st_size)
     if is_archive(source):
+        allowance.give_back(source.stat().st_size)  # what it unpacks to counts
         unpack_photos(source, folder / "photos", allowance)
         return folder / "photos"
     if request.archive is not None:
@@ -141,7 +146,7 @@ def _download_photos(urls: list[str], folder: Path, transfer: Transfer) -> Path:
 
 def _download_photo(url: str, index: int, folder: Path, transfer: Transfer) -> None:
     """One photo, named by its place in the list and by what of its own name is harmless."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(unquote(urlsplit(url).path)).name)[-80:]
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(unquote(split_url(url).path)).name)[-80:]
     path = folder / f"{index:04d}_{name or 'photo'}"
     media_type = transfer.download(url, path)
     if path.suffix.lower() not in SUFFIXES:
@@ -153,7 +158,9 @@ def _download_photo(url: str, index: int, folder: Path, transfer: Transfer) -> N
 
 
 def _below(limits: Limits, path: str) -> Path:
-    """A path of the volume; InputError where it leads out of it, also by a link."""
+    """A path of the volume; InputError where it leads out of it, also by a link, or can be none."""
+    if "\0" in path or len(path.encode()) > MAX_PATH or any(len(part.encode()) > MAX_NAME for part in path.split("/")):
+        raise InputError(f"{path[:MAX_NAME]!r} is no path here: expected names of up to {MAX_NAME} bytes")
     volume = limits.volume_path.resolve()
     found = (volume / path).resolve()
     if not volume.is_dir():
@@ -167,6 +174,8 @@ def _new_folder(limits: Limits, path: str) -> Path:
     target = _below(limits, path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{path} is on the volume already: choose another output_path")
+    if any(parent.is_file() for parent in target.parents):
+        raise InputError(f"{path} is below a file of the volume: choose another output_path")
     return target
 
 

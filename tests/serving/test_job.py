@@ -1,5 +1,6 @@
 """Jobs from request to manifest; the reconstruction is a stand-in that writes what such a run writes, but for one."""
 
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -103,6 +104,24 @@ def test_archives_and_videos_come_from_addresses_too(worker, volume):
     assert "is no archive" in answer["error"]
 
 
+def test_an_archive_counts_as_what_it_unpacks_to(worker, volume):
+    data = bytes(1000)
+    with zipfile.ZipFile(volume / "photos.zip", "w") as archive:
+        archive.writestr("x.jpg", data)
+    with serving({"/photos.zip": (volume / "photos.zip").read_bytes()}) as site:
+        for size, is_enough in ((1500e-9, True), (900e-9, False)):
+            small = dataclasses.replace(worker, limits=dataclasses.replace(worker.limits, max_gb=size))
+            for source in ({"archive": f"{site}/photos.zip"}, {"volume_path": "photos.zip"}):
+                answer, _ = run(small, **source, output_path=f"out{size}{len(source)}{[*source][0]}")
+                assert ("error" not in answer) == is_enough
+
+
+def test_a_video_of_the_volume_counts_as_one_from_an_address_does(worker, volume):
+    (volume / "clip.mp4").write_bytes(bytes(1000))
+    small = dataclasses.replace(worker, limits=dataclasses.replace(worker.limits, max_gb=900e-9))
+    assert "larger than 9e-07 GB" in run(small, volume_path="clip.mp4", output_path="out")[0]["error"]
+
+
 def test_jobs_at_the_same_time_do_not_meet(worker, volume):
     for i in range(4):
         (volume / f"in{i}").mkdir()
@@ -141,6 +160,12 @@ def test_jobs_at_the_same_time_do_not_meet(worker, volume):
         ({"volume_path": "link", "output_path": "o"}, "link is not below the volume"),
         ({"volume_path": "castle", "output_path": "../o"}, "is not below the volume"),
         ({"volume_path": "castle", "output_path": "castle"}, "castle is on the volume already"),
+        ({"volume_path": "castle", "output_path": "castle/a.jpg/o"}, "castle/a.jpg/o is below a file of the volume"),
+        ({"volume_path": "castle", "output_path": "x" * 201}, "expected names of up to 200 bytes"),
+        ({"volume_path": "castle", "output_path": "sub/" * 255 + "\u00e4" * 4}, "is no path here"),
+        ({"volume_path": "castle\0", "output_path": "o"}, "is no path here"),
+        ({"images": ["https://[x/a.jpg"] * 2, "output_path": "o"}, "is no address: expected https"),
+        ({"volume_path": "castle", "output_url": "https://[x/a.zip"}, "is no address: expected https"),
     ],
 )
 def test_what_cannot_be_done_is_a_sentence_before_any_work(worker, volume, request_, sentence):
