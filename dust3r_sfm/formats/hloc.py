@@ -17,7 +17,7 @@ from jaxtyping import Float32, Float64
 
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.files import replacing, write_bytes
-from dust3r_sfm.formats.hloc_features import read_features
+from dust3r_sfm.formats.hloc_features import opened, read_features
 from dust3r_sfm.formats.keypoints import IndexedMatches, index_matches, index_onto
 from dust3r_sfm.formats.pairs import write_pairs
 from dust3r_sfm.pairs import Matches, Pair
@@ -60,15 +60,16 @@ def add_queries(
     view_of = {view.name: view for view in (*views, *queries)}
     check_names(view_of)
     features, pairs = folder / "feats.h5", folder / "matches.h5"
-    if not pairs.is_file():
-        raise InputError(f"there are no matches at {pairs}: expected matches.h5 beside feats.h5")
+    opened(pairs, "matches").close()
+    _check_keys_of_queries([query.name for query in queries], list_references(features))
     fixed = _net_keypoints(features, views, [query.name for query in queries])
     indexed = index_onto(matches, fixed, CELL_PX)
     with _changed(pairs) as file:
-        check_keys([*indexed.indices])
+        for query in queries:
+            file.pop(_key(query.name), None)
+            for group in list(file.values()):
+                group.pop(_key(query.name), None)
         for pair in indexed.indices:
-            for key in (pair_key(pair), pair_key(pair.reversed())):
-                file.pop(key, None)
             _write_matches(file.create_group(pair_key(pair)), pair, view_of, indexed, matches[pair])
     with _changed(features) as file:
         for query in queries:
@@ -84,15 +85,13 @@ def add_queries(
 
 def list_references(path: Path) -> list[str]:
     """The images that a file of hloc's features is of, without the queries that `add_queries` put there."""
-    if not path.is_file():
-        raise InputError(f"there are no features at {path}: expected feats.h5, which export-scene writes for hloc")
     names: list[str] = []
 
     def note(name: str, group: object) -> None:
         if isinstance(group, h5py.Group) and "keypoints" in group and IS_QUERY not in group.attrs:
             names.append(name)
 
-    with h5py.File(path, "r") as file:
+    with opened(path, "features") as file:
         file.visititems(note)
     return sorted(names)
 
@@ -128,7 +127,11 @@ def check_names(names: Iterable[str]) -> None:
 
 def pair_key(pair: Pair) -> str:
     """The group that hloc keeps a pair in: `a/b.jpg`, `c.jpg` is `a-b.jpg/c.jpg`."""
-    return "/".join(name.replace("/", "-") for name in pair)
+    return "/".join(map(_key, pair))
+
+
+def _key(name: str) -> str:
+    return name.replace("/", "-")
 
 
 def check_keys(pairs: Sequence[Pair]) -> None:
@@ -138,6 +141,15 @@ def check_keys(pairs: Sequence[Pair]) -> None:
         other = keys.setdefault(pair_key(pair), pair)
         if other != pair:
             raise InputError(f"hloc cannot tell the pairs {tuple(other)} and {tuple(pair)} apart: rename an image")
+
+
+def _check_keys_of_queries(queries: Iterable[str], references: Iterable[str]) -> None:
+    """InputError where hloc would keep the pairs of a query where those of another image are."""
+    named = {_key(name): name for name in references}
+    for name in queries:
+        other = named.setdefault(_key(name), name)
+        if other != name:
+            raise InputError(f"hloc cannot tell the images {other} and {name} apart: rename the query")
 
 
 def _features(views: Sequence[View], indexed: IndexedMatches) -> memoryview:

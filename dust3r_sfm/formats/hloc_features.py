@@ -31,7 +31,7 @@ class LocalFeatures:
 def read_features(path: Path, sizes: Mapping[str, tuple[int, int]]) -> LocalFeatures:
     """The features of images of known (width, height); InputError where there are none, or of files of other sizes."""
     features = LocalFeatures({}, {})
-    with _opened(path, "features") as file:
+    with opened(path, "features") as file:
         for name, size in sizes.items():
             if name not in file:
                 continue
@@ -64,7 +64,7 @@ def read_feature_matches(
     InputError where the file has none, or names keypoints that there are not.
     """
     found: dict[Pair, Int64[np.ndarray, "_m 2"]] = {}
-    with _opened(path, "matches") as file:
+    with opened(path, "matches") as file:
         for pair, group in _pairs(file, keypoints):
             matches0 = group["matches0"][()].astype(np.int64)
             rows = np.stack([np.flatnonzero(matches0 > -1), matches0[matches0 > -1]], axis=1)
@@ -84,18 +84,19 @@ def _pairs(file: h5py.File, names: Collection[str]) -> Iterator[tuple[Pair, h5py
         other = named.setdefault(name.replace("/", "-"), name)
         if other != name:
             raise InputError(f"hloc cannot tell the images {other} and {name} apart: rename one and match again")
-    for key0, group in file.items():
+    groups = [(key, group) for key, group in file.items() if isinstance(group, h5py.Group)]
+    for key0, group in groups:
         if "matches0" in group:
             ends = ((key0[:i], key0[i + 1 :]) for i, character in enumerate(key0) if character == "_")
             known = [(a, b) for a, b in ends if a in named and b in named]
             yield from ((Pair(named[a], named[b]), group) for a, b in known[:1])
-        elif key0 in named and isinstance(group, h5py.Group):
+        elif key0 in named:
             for key1, inner in group.items():
                 if key1 in named and "matches0" in inner:
                     yield Pair(named[key0], named[key1]), inner
 
 
-def _opened(path: Path, what: str) -> h5py.File:
+def opened(path: Path, what: str) -> h5py.File:
     if not Path(path).is_file():
         raise InputError(f"there are no {what} at {path}: expected a file of hloc")
     try:

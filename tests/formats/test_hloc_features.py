@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import h5py
 import numpy as np
 import pytest
 from features import SIZES, true_matches, write_features, write_matches
@@ -52,6 +53,10 @@ def test_files_of_other_photos_or_features_are_refused(tmp_path):
         read_feature_matches(write_matches(tmp_path / "n.h5", {"x.jpg/y.jpg": [0]}), keypoints)
     with pytest.raises(InputError, match="cannot tell the images a-0.jpg and a/0.jpg apart"):
         read_feature_matches(tmp_path / "m.h5", {"a-0.jpg": keypoints_of(3), **keypoints})
+    with h5py.File(tmp_path / "arrays.h5", "w") as file:
+        file["points"], file["count"] = np.zeros((3, 3)), 3
+    with pytest.raises(InputError, match="has no matches of pairs of the 2 photos"):
+        read_feature_matches(tmp_path / "arrays.h5", keypoints)
     (tmp_path / "text.h5").write_text("no HDF5")
     with pytest.raises(InputError, match="cannot be read as hloc's features"):
         read_features(tmp_path / "text.h5", SIZES)

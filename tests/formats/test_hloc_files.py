@@ -12,7 +12,7 @@ from procedural import STORED_PER_NET, make_scene
 
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.formats.colmap import colmap_from_scene
-from dust3r_sfm.formats.hloc import add_queries, list_references, write_hloc
+from dust3r_sfm.formats.hloc import add_queries, list_references, pair_key, write_hloc
 from dust3r_sfm.match_dense import match_dense
 from dust3r_sfm.pairs import Matches, Pair
 
@@ -217,6 +217,36 @@ def test_a_query_that_is_one_of_the_images_is_refused_and_nothing_changes(with_q
     with pytest.raises(InputError, match="is one of the reference's images"):
         add_queries([taken], others[:1], {Pair(taken.name, others[0].name): next(iter(found.values()))}, tmp_path)
     assert [(tmp_path / name).read_bytes() for name in ("feats.h5", "matches.h5")] == before
+
+
+def test_a_query_that_is_added_anew_keeps_no_pair_of_before(with_query, tmp_path):
+    query, others, _, found = with_query
+    add_queries([query], others, found, tmp_path)
+    *left, kept = found
+    add_queries([query], others, {kept: found[kept]}, tmp_path)
+    with h5py.File(tmp_path / "matches.h5") as file:
+        assert pair_key(kept) in file
+        assert not any(pair_key(pair) in file for pair in left)
+
+
+def test_a_query_whose_pairs_would_lie_where_another_images_do_is_refused(procedural, tmp_path):
+    names = ("a-b.jpg", "c.jpg", "a/b.jpg")
+    *views, query = [dataclasses.replace(v, name=n) for v, n in zip(procedural.views, names, strict=False)]
+    xy = torch.full((1, 2), 5.0)
+    write_hloc(views, {Pair("a-b.jpg", "c.jpg"): Matches(xy, xy, torch.ones(1))}, tmp_path)
+    before = (tmp_path / "matches.h5").read_bytes()
+    with pytest.raises(InputError, match="cannot tell the images a-b.jpg and a/b.jpg apart"):
+        add_queries([query], views[1:], {Pair("a/b.jpg", "c.jpg"): Matches(xy, xy, torch.ones(1))}, tmp_path)
+    assert (tmp_path / "matches.h5").read_bytes() == before
+
+
+def test_files_that_are_none_of_hloc_s_are_one_sentence(with_query, tmp_path):
+    query, others, _, found = with_query
+    (tmp_path / "matches.h5").write_text("no HDF5")
+    with pytest.raises(InputError, match="matches.h5 cannot be read as hloc's matches"):
+        add_queries([query], others, found, tmp_path)
+    with pytest.raises(InputError, match="matches.h5 cannot be read as hloc's features"):
+        list_references(tmp_path / "matches.h5")
 
 
 def test_names_that_hloc_cannot_hold_are_refused(procedural, tmp_path):
