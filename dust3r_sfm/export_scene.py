@@ -152,6 +152,8 @@ def check_formats(config: ExportConfig, names: Iterable[str]) -> None:
     """InputError for formats that cannot be written of such images or on this machine, before the work is done."""
     if "hloc" in config.formats:
         check_names(names)
+    if any(factor < 1 for factor in config.downscale):
+        raise InputError(f"downscale is {' '.join(map(str, config.downscale))}: expected factors of 1 or more")
     if "glb" in config.formats and find_spec("trimesh") is None:
         raise InputError('GLB files need trimesh: pip install "dust3r_sfm[view]"')
 

@@ -212,6 +212,12 @@ def test_names_that_a_format_cannot_hold_are_refused_before_anything_is_written(
     assert not files_below(tmp_path)
 
 
+def test_photos_are_made_smaller_not_larger_and_told_before_anything_is_written(scene, procedural, tmp_path):
+    with pytest.raises(InputError, match="downscale is 2 0: expected factors of 1 or more"):
+        export_scenes([scene], procedural.views, tmp_path / "out", config=ExportConfig(downscale=(2, 0)))
+    assert not (tmp_path / "out").exists()
+
+
 def test_hloc_s_files_need_matches(scene, procedural, tmp_path):
     with pytest.raises(InputError, match="give --matches, what match_dense or reconstruct wrote"):
         export_scenes([scene], procedural.views, tmp_path, config=ExportConfig(formats=("hloc",)))
