@@ -31,7 +31,7 @@ from tqdm import tqdm
 from dust3r_sfm.alignment.anchoring import anchored, positions_of
 from dust3r_sfm.alignment.attach import attached, in_frame_of
 from dust3r_sfm.alignment.refine import RefineConfig, Support, refine, support
-from dust3r_sfm.alignment.tracks import TrackConfig, build_tracks
+from dust3r_sfm.alignment.tracks import TrackConfig, build_tracks, with_colors
 from dust3r_sfm.alignment.validation import refine_validated
 from dust3r_sfm.continued_mapping import continue_mapping
 from dust3r_sfm.export_scene import load_scene_views
@@ -311,7 +311,7 @@ def _refined_scene(
             scene = in_frame_of(scene, aligned)
         scene = attached(scene, aligned)
     dense = build_tracks(scene, matches, views, config).tracks
-    return _with_fillers(scene, dense, views)
+    return _with_fillers(with_colors(scene, views), dense)
 
 
 def _densely_refined(scene: Scene, views: Sequence[View], depth_maps: DepthMaps, config: RefineConfig) -> Scene:
@@ -329,8 +329,8 @@ def _densely_refined(scene: Scene, views: Sequence[View], depth_maps: DepthMaps,
     return scene_from_colmap(adjusted.reconstruction, [view_of[name] for name in scene.names], depth_maps)
 
 
-def _with_fillers(scene: Scene, dense: Tracks | None, views: Sequence[View]) -> Scene:
-    """The scene with the dense tracks that lie where it has no keypoints, and colours for all points."""
+def _with_fillers(scene: Scene, dense: Tracks | None) -> Scene:
+    """The scene with the dense tracks that lie where it has no keypoints."""
     if dense is None or len(dense.errors) == 0:
         return scene
     share = share_in_empty_cells(dense, scene.tracks, scene.original_sizes)

@@ -92,6 +92,28 @@ def test_a_perturbed_scene_returns_to_the_truth(procedural, observed, views, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_all_points_of_a_refined_scene_have_the_colours_of_their_pixels(procedural, observed, views, tmp_path):
+    """COLMAP's are black, as it reads no photos here."""
+    rows, columns = torch.meshgrid(torch.arange(96), torch.arange(128), indexing="ij")
+    ramp = torch.stack([2 * columns, 2 * rows, torch.full_like(rows, 9)], dim=-1).to(torch.uint8)
+    ramps = [dataclasses.replace(view, image=ramp) for view in views]
+    matches = match_dense(procedural.views, make_scene(NUM_VIEWS, (96, 128)).predictions)
+    (scene,) = refine_scenes(
+        ramps, [build_tracks(perturbed(observed), {}, ramps)], matches, sparse_of(observed), tmp_path
+    ).scenes
+    tracks = scene.tracks
+    assert len(tracks.errors) > 400  # of both kinds
+    stored = tracks.keypoints.double().numpy()
+    shown = torch.zeros(len(stored), 2, dtype=torch.float64)
+    for i in range(NUM_VIEWS):
+        here = tracks.image_indices == i
+        shown[here] = 2 * (torch.from_numpy(scene.net_from_stored(i, stored[here.numpy()])) - 0.5)
+    mean = torch.zeros(len(tracks.errors), 2, dtype=torch.float64).index_add_(0, tracks.point_indices, shown)
+    mean /= tracks.point_indices.bincount()[:, None]
+    assert (tracks.colors[:, :2] - mean).abs().max() <= 1.5
+    assert tracks.colors[:, 2].unique().tolist() == [9]
+
+
 def test_a_hopeless_alignment_gives_way_to_mapping_in_its_frame(procedural, observed, views, tmp_path):
     aligned = without_tracks(perturbed(observed, angle_deg=40.0, shift=1.0, focal=0.3))
     found = refine_scenes(views, [aligned], {}, sparse_of(observed), tmp_path)

@@ -126,18 +126,35 @@ def _tracks(scene: Scene, observations: Observations, points: Float[Tensor, "t 3
     )
 
 
+def with_colors(scene: Scene, views: Sequence[View]) -> Scene:
+    """The scene with each point of its tracks in the mean colour of what its images show."""
+    tracks, view_of = scene.tracks, {view.name: view for view in views}
+    if tracks is None:
+        return scene
+    sums = torch.zeros(len(tracks.errors), 3, dtype=torch.float64)
+    for index, name in enumerate(scene.names):
+        here = (tracks.image_indices == index).nonzero()[:, 0]
+        seen = scene.seen_from_net(index, scene.net_from_stored(index, tracks.keypoints[here].double().numpy()))
+        sums.index_add_(0, tracks.point_indices[here], _sampled(view_of[name], seen))
+    counts = tracks.point_indices.bincount(minlength=len(sums)).clamp(min=1)
+    colors = (sums / counts[:, None]).round().to(torch.uint8)
+    return dataclasses.replace(scene, tracks=dataclasses.replace(tracks, colors=colors))
+
+
 def _colors(scene: Scene, observations: Observations, views: Sequence[View]) -> Float[Tensor, "n 3"]:
-    """RGB, 0 to 255, that each observation's image shows, interpolated between pixels."""
+    """RGB, 0 to 255, that each observation's image shows."""
     view_of = {view.name: view for view in views}
     colors = torch.zeros(len(observations.image), 3, dtype=torch.float64)
     for index, name in enumerate(scene.names):
         here = (observations.image == index).nonzero()[:, 0]
-        image = view_of[name].image.cpu().double().permute(2, 0, 1)
-        # grid_sample's corner convention (align_corners=False) is that of our pixels.
-        seen = torch.from_numpy(scene.seen_from_net(index, observations.keypoints[here].numpy()))
-        grid = seen / torch.tensor([image.shape[2], image.shape[1]]) * 2 - 1
-        sampled = torch.nn.functional.grid_sample(
-            image[None], grid[None, None], padding_mode="border", align_corners=False
-        )
-        colors[here] = sampled[0, :, 0].T
+        colors[here] = _sampled(view_of[name], scene.seen_from_net(index, observations.keypoints[here].numpy()))
     return colors
+
+
+def _sampled(view: View, pixels: Float[np.ndarray, "n 2"]) -> Float64[Tensor, "n 3"]:
+    """RGB, 0 to 255, interpolated between pixels of `view.image`."""
+    image = view.image.cpu().double().permute(2, 0, 1)
+    # grid_sample's corner convention (align_corners=False) is that of our pixels.
+    grid = torch.from_numpy(pixels).nan_to_num() / torch.tensor([image.shape[2], image.shape[1]]) * 2 - 1
+    sampled = torch.nn.functional.grid_sample(image[None], grid[None, None], padding_mode="border", align_corners=False)
+    return sampled[0, :, 0].T
