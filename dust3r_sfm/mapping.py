@@ -148,12 +148,12 @@ def map_incrementally(views: Sequence[View], sparse: SparseMatches, work: Path, 
     is_open = not known.intrinsics and known.groups is None and len(set(sizes)) < len(sizes)
     if is_open and (len(names) <= MAX_SHARED_TRY or not best or best[0].support.images < len(names)):
         shared = _map_guesses(names, guesses, [sizes.index(s) + 1 for s in sizes], sparse, work, known, config)
-        if shared and (not best or _as_good(shared[0].support, best[0].support)):
+        if shared and (not best or _sharing_suffices(shared[0].support, best[0].support)):
             return shared
     return best
 
 
-def _as_good(shared: Support, own: Support) -> bool:
+def _sharing_suffices(shared: Support, own: Support) -> bool:
     """Whether one camera for all photos of a size explains about as much as several."""
     return shared.explains_more_than(own) or (shared.images >= own.images and shared.score >= SHARED_SCORE * own.score)
 
@@ -265,11 +265,9 @@ def map_from_alignment(
         leaning = _touching(scene.tracks, weak)
         current = thinned(current)
         full = with_tracks(current, leaning, _ids(scene)) if len(leaning.errors) else current
-        round_config = RefineConfig(
-            max_error_px=max(config.max_error_px, dense_error_px if len(leaning.errors) else 0) * factor,
-            min_angle_deg=config.min_angle_deg if factor == 1 else 0.5,
-            num_rounds=2,
-        )
+        error_px = max(config.max_error_px, dense_error_px if len(leaning.errors) else 0) * factor
+        angle_deg = config.min_angle_deg if factor == 1 else 0.5
+        round_config = dataclasses.replace(config, max_error_px=error_px, min_angle_deg=angle_deg, num_rounds=2)
         adjusted = _refine_and_share(full, round_config, known)
         placed = resected(adjusted.reconstruction, sparse, known.poses)
         current = triangulate(placed, scene.names, sparse, work, factor)
@@ -360,7 +358,19 @@ def triangulate(
     bare.write(model)
     database = work / "triangulation.db"
     write_database(database, names, cameras, sparse)
-    options = {
+    if sparse.geometries and run_task(
+        "triangulate",
+        database=database.absolute(),
+        model=model.absolute(),
+        output=output.absolute(),
+        options=_triangulation_options(factor, two_views),
+    ):
+        return pycolmap.Reconstruction(output)
+    return with_keypoints(reconstruction, cameras, list(names), keypoints)
+
+
+def _triangulation_options(factor: float, two_views: bool) -> dict[str, Any]:
+    return {
         "mapper": {"filter_max_reproj_error": 4.0 * factor, "filter_min_tri_angle": 1.5 / factor},
         "triangulation": {
             "create_max_angle_error": 2.0 * factor,
@@ -371,15 +381,6 @@ def triangulate(
             "ignore_two_view_tracks": not two_views,
         },
     }
-    if sparse.geometries and run_task(
-        "triangulate",
-        database=database.absolute(),
-        model=model.absolute(),
-        output=output.absolute(),
-        options=options,
-    ):
-        return pycolmap.Reconstruction(output)
-    return with_keypoints(reconstruction, cameras, list(names), keypoints)
 
 
 def with_keypoints(

@@ -184,33 +184,13 @@ def refine_scenes(
     Works in a temporary folder below `folder`. Scenes that no match verifies are adjusted on their
     dense tracks alone. Known poses are held, and COLMAP's mapping continues from them.
     """
-    sparse = plain = within_masks(sparse, views)
+    sparse = within_masks(sparse, views)
     scenes = [dataclasses.replace(scene, ids=None) for scene in scenes]  # numbers are for files, not for the work here
     depth_maps = {name: maps for scene in scenes for name, maps in seen_maps(scene).items()}
-    figures: dict[str, Any] = {"verified_pairs": len(sparse.geometries), "candidates": []}
     for left in folder.glob(".refine-*"):  # by a killed run
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".refine-", dir=folder) as work:
-        trusts = []
-        for scene in scenes:
-            sparse, trust = guide(sparse, scene, matches)
-            trusts.append(trust)
-        figures["guided_pairs"] = len(sparse.geometries)
-        mapped: list[Model] = []
-        if all(view.known_cam_from_world is None for view in views):
-            mapped = _mapped(views, plain, sparse, Path(work), config)
-        else:
-            mapped = continue_mapping(views, sparse, Path(work), config)
-        rival = mapped[0].support if mapped else None
-        candidates = []
-        for index, scene in enumerate(tqdm(scenes, desc="Refine", unit="scene", disable=None)):
-            model, before = map_from_alignment(scene, views, sparse, Path(work), config, rival)
-            line = {"origin": "alignment", "scene": index, "before": _figures(before), "after": _figures(model.support)}
-            line["agreeing_pairs"] = f"{trusts[index].num_agreeing} of {trusts[index].num_pairs}"
-            figures["candidates"].append(line | {"guided": trusts[index].believed})
-            candidates.append(model)
-        figures["candidates"] += [{"origin": "mapping", "after": _figures(m.support)} for m in mapped]
-        candidates += mapped
+        candidates, figures = _candidates(views, scenes, matches, sparse, Path(work), config)
     chosen = choose(candidates)
     chosen = [_settled(model, views, config) for model in chosen]
     chosen, in_frame = _anchored(chosen, views, config)
@@ -221,6 +201,36 @@ def refine_scenes(
     refined, figures["frames"] = in_known_frame(refined, views, in_frame)
     figures["chosen"] = [{"origin": m.origin, "after": _figures(m.support)} for m in chosen]
     return Refinement(refined, figures)
+
+
+def _candidates(
+    views: Sequence[View],
+    scenes: Sequence[Scene],
+    matches: Mapping[Pair, Matches],
+    sparse: SparseMatches,
+    work: Path,
+    config: RefineConfig,
+) -> tuple[list[Model], dict[str, Any]]:
+    """The models from the scenes' poses and COLMAP's, and what to say of them."""
+    guided, trusts = sparse, []
+    for scene in scenes:
+        guided, trust = guide(guided, scene, matches)
+        trusts.append(trust)
+    if all(view.known_cam_from_world is None for view in views):
+        mapped = _mapped(views, sparse, guided, work, config)
+    else:
+        mapped = continue_mapping(views, guided, work, config)
+    rival = mapped[0].support if mapped else None
+    aligned, lines = [], []
+    for index, scene in enumerate(tqdm(scenes, desc="Refine", unit="scene", disable=None)):
+        model, before = map_from_alignment(scene, views, guided, work, config, rival)
+        line = {"origin": "alignment", "scene": index, "before": _figures(before), "after": _figures(model.support)}
+        line["agreeing_pairs"] = f"{trusts[index].num_agreeing} of {trusts[index].num_pairs}"
+        lines.append(line | {"guided": trusts[index].believed})
+        aligned.append(model)
+    lines += [{"origin": "mapping", "after": _figures(m.support)} for m in mapped]
+    figures = {"verified_pairs": len(sparse.geometries), "guided_pairs": len(guided.geometries), "candidates": lines}
+    return [*aligned, *mapped], figures
 
 
 def _mapped(
@@ -250,7 +260,7 @@ def choose(candidates: Iterable[Model]) -> list[Model]:
     while left:
         best = left[0]
         for model in left[1:]:
-            if model.support.explains_more_than(best.support) or _as_good(model, best):
+            if model.support.explains_more_than(best.support) or _mapping_suffices(model, best):
                 best = model
         chosen.append(best if not best.names & covered else best.without(covered))
         covered |= best.names
@@ -258,7 +268,8 @@ def choose(candidates: Iterable[Model]) -> list[Model]:
     return chosen
 
 
-def _as_good(model: Model, best: Model) -> bool:
+def _mapping_suffices(model: Model, best: Model) -> bool:
+    """Whether a model is COLMAP's own and explains about as much as the alignment's."""
     if best.origin != "alignment" or model.origin == "alignment":
         return False
     own, other = model.support, best.support

@@ -9,8 +9,9 @@ import torch
 from observed import observed_scene, perturbed
 from procedural import make_scene
 
+from dust3r_sfm import mapping
 from dust3r_sfm.alignment.align import align
-from dust3r_sfm.alignment.refine import Support
+from dust3r_sfm.alignment.refine import RefineConfig, Support, refine
 from dust3r_sfm.alignment.tracks import build_tracks
 from dust3r_sfm.colmap_versions import add_camera, add_image, new_camera
 from dust3r_sfm.evaluate import evaluate_poses
@@ -19,7 +20,7 @@ from dust3r_sfm.formats.colmap_scenes import seen_maps
 from dust3r_sfm.formats.sparse_database import SparseMatches
 from dust3r_sfm.geometry.lens import Lens, bent
 from dust3r_sfm.geometry.transforms import camera_center
-from dust3r_sfm.mapping import Model
+from dust3r_sfm.mapping import Model, map_from_alignment
 from dust3r_sfm.match_dense import match_dense
 from dust3r_sfm.pairs import Pair
 from dust3r_sfm.refine_scene import choose, closing_line, refine_scenes
@@ -112,6 +113,19 @@ def test_all_points_of_a_refined_scene_have_the_colours_of_their_pixels(procedur
     mean /= tracks.point_indices.bincount()[:, None]
     assert (tracks.colors[:, :2] - mean).abs().max() <= 1.5
     assert tracks.colors[:, 2].unique().tolist() == [9]
+
+
+def test_the_solvers_steps_are_those_asked_for_in_every_round(observed, views, tmp_path, monkeypatch):
+    asked = []
+
+    def noting(model, config, *held):
+        asked.append(config.max_iters)
+        return refine(model, config, *held)
+
+    monkeypatch.setattr(mapping, "refine", noting)
+    map_from_alignment(without_tracks(observed), views, sparse_of(observed), tmp_path, RefineConfig(max_iters=3))
+    assert len(asked) > len(mapping.ROUND_FACTORS)
+    assert set(asked) == {3}
 
 
 def test_a_hopeless_alignment_gives_way_to_mapping_in_its_frame(procedural, observed, views, tmp_path):

@@ -9,7 +9,7 @@ from procedural import make_scene
 
 from dust3r_sfm.alignment.refine import RefineConfig, Support, support
 from dust3r_sfm.formats.colmap import colmap_from_scene
-from dust3r_sfm.mapping import _as_good, known_of, share_cameras
+from dust3r_sfm.mapping import _sharing_suffices, known_of, share_cameras
 
 
 @pytest.fixture(scope="module", params=["one camera", "a zoom"])
@@ -57,4 +57,4 @@ def test_known_intrinsics_are_not_exchanged_for_shared_ones(photos):
 def test_shared_cameras_may_explain_half_a_percent_less_but_no_image_less(images, score, taken):
     own = Support(images=10, observations=2000, points=500, score=1000.0, evidence=700.0, mean_error_px=0.5)
     shared = Support(images=images, observations=2000, points=500, score=score, evidence=0.7 * score, mean_error_px=0.5)
-    assert _as_good(shared, own) is taken
+    assert _sharing_suffices(shared, own) is taken
