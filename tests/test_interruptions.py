@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from dust3r_sfm.__main__ import main
+from dust3r_sfm.benchmarks import interruptions
+from dust3r_sfm.errors import InputError
 from dust3r_sfm.models.checkpoint import save_weights
 from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig
 
@@ -59,3 +61,25 @@ def test_inference_that_is_killed_continues_with_what_it_had(inputs, tmp_path):
     assert {path.name: path.read_bytes() for path in shards.glob("*.h5")} == expected
     assert sorted(path.name for path in output.parent.iterdir()) == ["p.h5", "p.shards"]
     assert not list(shards.glob("*.tmp"))
+
+
+FAILS = """
+import os, sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from dust3r_sfm import __main__
+from dust3r_sfm.benchmarks.interruptions import _start
+__main__.main = lambda arguments: arguments[99]
+with TemporaryDirectory() as folder:
+    code = os.waitstatus_to_exitcode(os.waitpid(_start("filter-pairs", Path("photos"), Path(folder)), 0)[1])
+    sys.exit(not (code == 1 and os.path.isdir(folder)))
+"""
+
+
+def test_a_stage_of_the_benchmark_that_fails_leaves_its_folder_to_the_benchmark():
+    assert subprocess.run([sys.executable, "-c", FAILS], check=False).returncode == 0
+
+
+def test_the_benchmark_names_the_stages_there_are(tmp_path):
+    with pytest.raises(InputError, match="there is no stage everything: expected some of extract-descriptors"):
+        interruptions.main(tmp_path, ("everything",))

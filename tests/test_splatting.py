@@ -71,6 +71,16 @@ def test_a_scene_without_gsplat_or_a_device_is_refused_in_one_sentence(folder):
         splatting.main(folder, folder)
 
 
+def test_photos_of_another_size_than_their_cameras_and_a_share_of_all_are_refused(folder, tmp_path):
+    model = pycolmap.Reconstruction(folder / "sparse" / "0")
+    for image in model.images.values():
+        Image.new("RGB", (32, 24)).save(tmp_path / image.name)
+    with pytest.raises(InputError, match=r"has \(32, 24\) pixels, but its camera \(64, 48\)"):
+        splatting.splat_scene(model, tmp_path, [image.name for image in model.images.values()])
+    with pytest.raises(InputError, match="hold_out is 1: expected 2 or more"):
+        splatting.main(folder, folder, splatting.SplatConfig(hold_out=1))
+
+
 def test_a_lens_is_refused_with_the_way_to_write_the_scene(folder, tmp_path):
     model = pycolmap.Reconstruction(folder / "sparse" / "0")
     for camera in model.cameras.values():

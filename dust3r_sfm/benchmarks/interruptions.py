@@ -22,6 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from dust3r_sfm.errors import InputError
 from dust3r_sfm.files import LOCK_NAME
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,9 @@ def main(image_dir: Path, stages: Sequence[str] = tuple(STAGES), kills: int = 20
         kills: How often each is killed.
         seed: Of the random moments.
     """
+    unknown = sorted(set(stages) - set(STAGES))
+    if unknown:
+        raise InputError(f"there is no stage {unknown[0]}: expected some of {', '.join(STAGES)}")
     for stage in STAGES:  # the children are copies of this process: nothing to load again
         import_module(f"dust3r_sfm.{stage.replace('-', '_')}")
     import_module("dust3r_sfm.infer_pairs").SHARD_PAIRS = SHARD
@@ -125,12 +129,16 @@ def _start(stage: str, image_dir: Path, out: Path) -> int:
     arguments = [part.format(photos=image_dir, out=out) for part in STAGES[stage]]
     child = os.fork()
     if child == 0:
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 1)
-        os.dup2(silence, 2)
-        from dust3r_sfm.__main__ import main as run
+        code = 1
+        try:
+            silence = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silence, 1)
+            os.dup2(silence, 2)
+            from dust3r_sfm.__main__ import main as run
 
-        os._exit(run([stage, *arguments]))
+            code = run([stage, *arguments])
+        finally:  # an error must not unwind the copy of the caller, who removes the folder
+            os._exit(code)
     return child
 
 

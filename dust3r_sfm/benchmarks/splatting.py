@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import pycolmap
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from scipy.spatial import cKDTree
 from torch import Tensor
 from tqdm import tqdm
@@ -83,6 +83,8 @@ def main(scene: Path, reference: Path, config: SplatConfig = SplatConfig()) -> t
         reference: The same of the true cameras.
         config: How to train.
     """
+    if config.hold_out < 2:
+        raise InputError(f"hold_out is {config.hold_out}: expected 2 or more, so that photos are left to train on")
     models = [_model(folder) for folder in (scene, reference)]
     names = sorted({image.name for image in models[0].images.values()} & {i.name for i in models[1].images.values()})
     if len(names) <= 2:
@@ -125,7 +127,7 @@ def splat_scene(model: pycolmap.Reconstruction, image_dir: Path, names: Sequence
     """The photos of these names, and all points, about the middle of the cameras."""
     by_name = {image.name: image for image in model.images.values()}
     images = [by_name[name] for name in names]
-    photos = np.stack([np.asarray(decoded(image_dir / name).convert("RGB")) for name in names])
+    photos = np.stack([_photo(image_dir / image.name, image.camera) for image in images])
     centers = np.stack([image.projection_center() for image in images])
     middle = centers.mean(axis=0)
     scale = 1 / np.linalg.norm(centers - middle, axis=1).max()
@@ -142,6 +144,13 @@ def splat_scene(model: pycolmap.Reconstruction, image_dir: Path, names: Sequence
         points=torch.from_numpy(points).float(),
         colors=torch.from_numpy(np.stack([point.color for point in model.points3D.values()])).float() / 255,
     )
+
+
+def _photo(path: Path, camera: pycolmap.Camera) -> UInt8[np.ndarray, "h w 3"]:
+    photo = np.asarray(decoded(path))
+    if photo.shape[:2] != (camera.height, camera.width):
+        raise InputError(f"{path} has {photo.shape[1::-1]} pixels, but its camera {(camera.width, camera.height)}")
+    return photo
 
 
 def _measure(gsplat: ModuleType, scene: SplatScene, config: SplatConfig) -> SplatFigures:
