@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -51,17 +52,17 @@ AlignClusters = Callable[[Sequence[Cluster]], Iterable[tuple[int, Sequence[Scene
 def align_in_clusters(
     views: Sequence[View], predictions: Predictions, max_size: int, align_clusters: AlignClusters
 ) -> Iterator[Scene]:
-    """Scenes of more images than fit into one problem.
+    """Scenes of more images than fit into one problem; pairs of other images are passed over.
 
     The world is the first cluster's, scaled so that the median depth is 1.
     """
     by_name = {view.name: view for view in views}
     pairs_of: dict[str, list[Pair]] = defaultdict(list)
     for pair in predictions:
-        if pair.name0 in by_name and pair.name1 in by_name:
+        if set(pair) <= by_name.keys():
             pairs_of[pair.name0].append(pair)
     num_scenes = 0
-    for names in connected_components(list(by_name), predictions):
+    for names in connected_components(list(by_name), chain.from_iterable(pairs_of.values())):
         pairs, clusters = [pair for name in names for pair in pairs_of[name]], []
         for group in overlapping_clusters(names, pairs, max_size):
             inside = set(group)
@@ -91,7 +92,7 @@ def overlapping_clusters(names: Sequence[str], pairs: Collection[Pair], max_size
     border: dict[str, int] = {}
     while left:
         # next to what is taken, where most of its neighbours are taken: no small groups are left between others
-        seed = max((name for name in border if name in left), key=lambda name: (border[name], name), default=None)
+        seed = max(border, key=lambda name: (border[name], name), default=None)
         core = _grown(seed or next(iter(left)), left, neighbors, core_size)
         for name in core:
             left.pop(name)

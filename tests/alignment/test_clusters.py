@@ -89,6 +89,13 @@ def test_a_component_larger_than_a_cluster_becomes_one_scene():
     assert camera_center(scene.cam_from_world).isfinite().all()
 
 
+def test_pairs_of_images_that_are_not_given_are_passed_over():
+    near = [(i, j) for i, j in permutations(range(9), 2) if abs(i - j) <= 3]
+    truth = make_scene(9, (16, 20), noise=0.01, pairs=near)
+    (scene,) = align_components(truth.views[:8], truth.predictions, AlignConfig(max_cluster=6))
+    assert set(scene.names) == set(truth.names[:8])
+
+
 def test_clusters_without_a_usable_pair_are_a_sentence():
     truth = make_scene(4, (16, 20))
     nothing = {
