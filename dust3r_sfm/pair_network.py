@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dust3r_sfm.errors import InputError
+from dust3r_sfm.geometry.surfaces import can_build_kernels
 from dust3r_sfm.models.dust3r import Dust3r, Dust3rConfig, Tokens
-from dust3r_sfm.models.inference import can_compile, normalized, ready
+from dust3r_sfm.models.inference import normalized, ready
 from dust3r_sfm.pairs import Pair, PairPrediction
 from dust3r_sfm.reduction import HostCopies, Reduction, start_reducing
 from dust3r_sfm.schedule import EncodingPass
@@ -35,7 +36,7 @@ class InferConfig:
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of the matrix products; auto takes bfloat16 where the device computes in it."""
     compiled: Literal["auto", "on", "off"] = "auto"
-    """Whether the network is compiled for the device first; auto: on CUDA, from 20,000 pairs on."""
+    """Whether the network is compiled for the device first; auto: on CUDA, from 20,000 pairs on, with a C compiler."""
     max_encodings_gb: float = 2.0
     """Memory for encoded images; with less, images of a large collection are encoded twice."""
     keep_dense: bool = False
@@ -220,7 +221,7 @@ def product_dtype(config: InferConfig, device: torch.device) -> torch.dtype:
 
 def wants_compiled(config: InferConfig, device: torch.device, num_pairs: int) -> bool:
     if config.compiled == "auto":
-        return device.type == "cuda" and num_pairs >= COMPILED_PAIRS and can_compile()
+        return device.type == "cuda" and num_pairs >= COMPILED_PAIRS and can_build_kernels()
     return config.compiled == "on"
 
 

@@ -54,6 +54,11 @@ def test_the_image_installs_extras_that_exist_and_runs_as_a_user():
     assert (ROOT / ".runpod" / "Dockerfile").read_text() == DOCKERFILE
 
 
+def test_the_image_has_what_triton_builds_its_launchers_with():
+    run_time = DOCKERFILE.split("\nFROM ")[-1]
+    assert {"gcc", "libc6-dev", "python3-dev"} <= set(re.search(r"apt-get install(.*)", run_time)[1].split())
+
+
 def test_the_settings_that_runpod_offers_are_those_that_the_worker_reads():
     hub = json.loads((ROOT / ".runpod" / "hub.json").read_text())
     offered = {setting["key"]: setting["input"] for setting in hub["config"]["env"]}

@@ -1,4 +1,4 @@
-"""The exact search of `surfaces` on a CUDA device as one kernel; needs Triton, which comes with PyTorch for CUDA.
+"""The exact search of `surfaces` on a CUDA device as one kernel, by Triton: see `can_build_kernels`.
 
 A program takes some queries that lie beside one another. Of the tiles it searches only those whose boxes are nearer
 than what it has found, nearest first within each block of boxes.

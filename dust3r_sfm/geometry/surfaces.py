@@ -1,15 +1,20 @@
 """Nearest points of pointmaps: surfaces whose pixels lie beside one another, so that a search need not see all of them.
 
 A map is cut into tiles of pixels; the boxes around their points bound how near they can be. On a CUDA device a kernel
-searches all tiles that may hold the nearest point; without Triton, and on other devices, a fixed sequence of tensor
-operations searches the tiles of least bound. Nothing waits for the host. On the CPU there is a tree over all points.
+searches all tiles that may hold the nearest point; where it cannot be built, and on other devices, a fixed sequence
+of tensor operations searches the tiles of least bound. Nothing waits for the host. On the CPU there is a tree over all
+points.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -58,9 +63,18 @@ def nearest_pixels(
     """Index into h * w of the usable point nearest to each query; some index where none is usable or asked for."""
     if surface.points.device.type == "cpu":
         return exact_pixels(queries, asked, surface)
-    if surface.points.is_cuda and find_spec("triton") is not None:
+    if surface.points.is_cuda and can_build_kernels():
         return exact_pixels_by_kernel(queries, asked, surface)
     return near_pixels(queries, surface, num_tiles)
+
+
+@cache
+def can_build_kernels() -> bool:
+    """Whether Triton is there, and what it builds its kernels' launchers with: a C compiler and Python's headers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does for Debian's Python
+    headers = Path(sysconfig.get_path("include", scheme)) / "Python.h"
+    return find_spec("triton") is not None and compiler is not None and headers.is_file()
 
 
 def exact_pixels(queries: Float[Tensor, "b q 3"], asked: Bool[Tensor, "b q"], surface: Surface) -> Int[Tensor, "b q"]:

@@ -44,6 +44,27 @@ def test_all_tiles_together_are_an_exact_search(prediction):
     torch.testing.assert_close(distances(queries, target, exact).double(), expected, rtol=1e-5, atol=1e-7)
 
 
+def test_kernels_are_built_where_triton_a_compiler_and_python_s_headers_are(tmp_path, monkeypatch):
+    """Triton compiles a C file before it starts a first kernel, and fails where it cannot."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(surfaces.sysconfig, "get_path", lambda *_: str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").touch()
+    (tmp_path / "gcc").touch(mode=0o755)
+    (tmp_path / "Python.h").touch()
+    can_build = surfaces.can_build_kernels.__wrapped__
+    assert can_build()
+    for part in ("gcc", "Python.h"):
+        (tmp_path / part).rename(tmp_path / "away")
+        assert not can_build()
+        (tmp_path / "away").rename(tmp_path / part)
+    (tmp_path / "gcc").unlink()
+    monkeypatch.setenv("CC", "cc")
+    assert can_build()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is for CUDA devices")
 def test_the_kernel_finds_what_an_exact_search_finds(prediction):
     points = torch.stack([prediction.pointmap0_in_cam0, prediction.pointmap1_in_cam0])
