@@ -94,6 +94,5 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _told(log: Path) -> str:
-    """The sentence, of one line or more, that the command line ended with."""
-    text = log.read_text(errors="replace")
-    return text[text.rfind("dust3r-sfm: ") :].removeprefix("dust3r-sfm: ").strip()
+    """The sentence, of one line or more, that the command line ended with; all it said where that is none of ours."""
+    return log.read_text(errors="replace").rpartition("dust3r-sfm: ")[2].strip()

@@ -30,6 +30,11 @@ def test_the_sentence_of_the_command_line_is_handed_on(tmp_path):
         run(script, tmp_path)
 
 
+def test_what_the_parser_of_the_command_line_says_is_handed_on_too(tmp_path):
+    with pytest.raises(ReconstructionError, match="^Unrecognized options: --ratio$"):
+        run("sys.stderr.write('Unrecognized options: --ratio\\n'); sys.exit(2)", tmp_path)
+
+
 @pytest.mark.parametrize("end", [f"sys.exit({OUT_OF_MEMORY})", "os.kill(os.getpid(), 9)"])
 def test_out_of_memory_is_tried_again_smaller(tmp_path, end):
     tries, told = run(f"if '--infer.batch_size' not in argv: {end}\nprint('stage done')", tmp_path)
