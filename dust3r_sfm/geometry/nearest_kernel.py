@@ -22,7 +22,7 @@ def nearest_in_tiles(
     points: Float[Tensor, "b 3 t p"],
     boxes: Float[Tensor, "b 6 t"],
 ) -> Int[Tensor, "b q"]:
-    """Index into t * p of the point nearest to each query that is asked for; 0 where there is none.
+    """Index into t * p of the point nearest to each query that is asked for; some index where there is none.
 
     `boxes` has the lower and the upper corner of each tile, `points` is infinite where there is none.
     """
