@@ -20,7 +20,7 @@ MIN_VERIFIED = 30
 MAX_FOCAL_RATIO = 2.0
 """A focal that leaves its prior by more, up or down, is set back and held."""
 FOCAL_BOUNDS = (0.2, 10.0)
-"""Focals over the longer side of the image that any camera may have."""
+"""Focals over the longer side of the image that any camera may have whose focal is not known."""
 WORSE = 0.98
 """Adjusting must leave at least this share of the score: points of small angles are dropped on purpose."""
 MIN_BEND_PX = 0.5
@@ -348,7 +348,8 @@ def _fault(given: pycolmap.Reconstruction, refined: pycolmap.Reconstruction) -> 
         low, high = (ratio * max(camera.width, camera.height) for ratio in FOCAL_BOUNDS)
         if not np.isfinite(image.cam_from_world().matrix()).all() or not np.isfinite(camera.params).all():
             return f"the camera of {image.name} is not finite any more"
-        if not low <= camera.mean_focal_length() <= high:
+        is_held = camera.mean_focal_length() == given.camera(image.camera_id).mean_focal_length()
+        if not is_held and not low <= camera.mean_focal_length() <= high:
             return f"the focal of {image.name} left all bounds ({camera.mean_focal_length():.0f} pixels)"
     return ""
 

@@ -97,6 +97,13 @@ def test_known_poses_and_intrinsics_stay(observed):
     assert focals(adjusted.reconstruction)[2] == focals(given)[2]
 
 
+def test_a_known_focal_may_be_of_any_lens(observed, monkeypatch):
+    monkeypatch.setattr("dust3r_sfm.alignment.refine.FOCAL_BOUNDS", (10.0, 20.0))
+    given = colmap_from_scene(perturbed(observed, angle_deg=0.5, shift=0.02))
+    assert not refine(given, LOOSE, constant_intrinsics=observed.names).kept_input
+    assert "left all bounds" in refine(given, LOOSE).reason
+
+
 def test_an_adjustment_that_ends_worse_keeps_the_input(observed, monkeypatch):
     given = colmap_from_scene(observed)
     poses = poses_of(given)
