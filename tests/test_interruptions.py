@@ -83,3 +83,13 @@ def test_a_stage_of_the_benchmark_that_fails_leaves_its_folder_to_the_benchmark(
 def test_the_benchmark_names_the_stages_there_are(tmp_path):
     with pytest.raises(InputError, match="there is no stage everything: expected some of extract-descriptors"):
         interruptions.main(tmp_path, ("everything",))
+
+
+def test_a_benchmark_of_photos_that_are_not_there_names_the_stage_that_fails(tmp_path):
+    arguments = ["benchmark", "interruptions", "--image_dir", str(tmp_path / "none"), "--stages", "export-scene"]
+    command = [sys.executable, "-c", START, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr.endswith(
+        "extract-descriptors of " + str(tmp_path / "none") + " ends with 2 without being killed: run it to see why\n"
+    )

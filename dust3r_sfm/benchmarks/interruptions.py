@@ -22,7 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from dust3r_sfm.errors import InputError
+from dust3r_sfm.errors import InputError, ReconstructionError
 from dust3r_sfm.files import LOCK_NAME
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def main(image_dir: Path, stages: Sequence[str] = tuple(STAGES), kills: int = 20
             before = Path(folder) / "before"
             shutil.copytree(whole, before)
             start = time.perf_counter()
-            _wait(_start(stage, image_dir, whole))
+            _finish(stage, image_dir, whole)
             seconds = time.perf_counter() - start
             if stage in stages:
                 found.append(_interrupt(stage, image_dir, before, whole, seconds, kills, moments))
@@ -113,7 +113,7 @@ def _interrupt(
         killed += _kill_after(run, moments.uniform(0, seconds))
         time.sleep(0.2)  # COLMAP's process sees it
         shards = {path: path.stat().st_mtime_ns for path in out.rglob("*.shards/*.h5")}
-        _wait(_start(stage, image_dir, out))
+        _finish(stage, image_dir, out)
         again = [path for path, written in shards.items() if path.exists() and path.stat().st_mtime_ns != written]
         repeated, found = max(repeated, len(again)), contents_of(out)
         if found != expected:
@@ -153,10 +153,11 @@ def _kill_after(run: int, seconds: float) -> bool:
     return os.waitpid(run, 0)[1] != 0
 
 
-def _wait(run: int) -> None:
-    code = os.waitstatus_to_exitcode(os.waitpid(run, 0)[1])
+def _finish(stage: str, image_dir: Path, out: Path) -> None:
+    """A run that nothing ends; ReconstructionError where it fails."""
+    code = os.waitstatus_to_exitcode(os.waitpid(_start(stage, image_dir, out), 0)[1])
     if code:
-        raise RuntimeError(f"a run that nothing interrupts ends with {code}")
+        raise ReconstructionError(f"{stage} of {image_dir} ends with {code} without being killed: run it to see why")
 
 
 def contents_of(folder: Path) -> dict[str, str]:

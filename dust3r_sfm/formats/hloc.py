@@ -93,6 +93,8 @@ def list_references(path: Path) -> list[str]:
 
     with opened(path, "features") as file:
         file.visititems(note)
+    if not names:
+        raise InputError(f"{path} has no keypoints of any image: expected feats.h5, which export-scene writes for hloc")
     return sorted(names)
 
 

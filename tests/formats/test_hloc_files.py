@@ -247,6 +247,10 @@ def test_files_that_are_none_of_hloc_s_are_one_sentence(with_query, tmp_path):
         add_queries([query], others, found, tmp_path)
     with pytest.raises(InputError, match="matches.h5 cannot be read as hloc's features"):
         list_references(tmp_path / "matches.h5")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["points"] = np.zeros((3, 3))
+    with pytest.raises(InputError, match="has no keypoints of any image"):
+        list_references(tmp_path / "other.h5")
 
 
 def test_names_that_hloc_cannot_hold_are_refused(procedural, tmp_path):
