@@ -141,10 +141,7 @@ class LoadedViews(NamedTuple):
 
 
 def list_images(image_dir: Path | str) -> list[str]:
-    """Sorted posix names of the images in a folder and its sub-folders; hidden files and folders are left out.
-
-    InputError where there are none, and for a name that is no text.
-    """
+    """Sorted posix names of the images in a folder and its sub-folders; hidden files and folders are left out."""
     image_dir = _existing_folder(image_dir)
     names = []
     for folder, folders, files in os.walk(image_dir):
@@ -153,9 +150,6 @@ def list_images(image_dir: Path | str) -> list[str]:
         names += [path.relative_to(image_dir).as_posix() for path in found if path.suffix.lower() in SUFFIXES]
     if not names:
         raise InputError(f"no images in {image_dir} or its sub-folders: expected files ending in {', '.join(SUFFIXES)}")
-    unwritable = next((name for name in names if any("\ud800" <= letter <= "\udfff" for letter in name)), None)
-    if unwritable is not None:
-        raise InputError(f"the name {unwritable!r} in {image_dir} is not UTF-8, which models are written in: rename it")
     return sorted(names)
 
 

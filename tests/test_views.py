@@ -193,17 +193,6 @@ def test_transparency_is_dropped_and_one_bit_is_black_and_white(tmp_path):
     assert loaded["bits.png"][0, :4, 0].tolist() == [0, 255, 0, 255]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="names are text elsewhere")
-def test_a_name_that_is_no_text_is_a_sentence(tmp_path):
-    """COLMAP took no keypoints of any photo where one has such a name."""
-    try:
-        Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.jpg")).touch()
-    except OSError:
-        pytest.skip("this file system has no such names")
-    with pytest.raises(InputError, match=r"the name 'a\\udcff.jpg' in .* is not UTF-8"):
-        list_images(tmp_path)
-
-
 def test_images_of_sub_folders_are_listed_sorted_without_hidden_and_foreign_files(tmp_path):
     for name in ["b.JPG", "a/z.png", "a/b/c.tiff", "é f.webp", ".hidden.jpg", ".cache/x.jpg", "a/._z.png", "notes.txt"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
