@@ -134,9 +134,21 @@ def _last_layer(features: Float[Tensor, "b c h w"], layer: nn.Conv2d) -> Float[T
     """A 1x1 convolution in the layer's precision."""
     if not torch.compiler.is_compiling():
         return layer(features.to(layer.weight.dtype))
-    # Compiled, sums of products are one kernel with what comes before and after, and no copy is made in float32.
-    products = features.movedim(1, -1).unsqueeze(-2).to(layer.weight.dtype) * layer.weight[:, :, 0, 0]
-    return (products.sum(dim=-1) + layer.bias).movedim(-1, 1)
+    weight = layer.weight[:, :, 0, 0]
+    pixels = features.movedim(1, -1)  # as they lie in memory
+    if features.is_cuda and features.dtype == torch.bfloat16:
+        return (_times_split(pixels, weight) + layer.bias).movedim(-1, 1)
+    # Sums of products are one kernel with what comes before and after: no copy is made in float32.
+    return ((pixels.unsqueeze(-2).to(weight.dtype) * weight).sum(dim=-1) + layer.bias).movedim(-1, 1)
+
+
+def _times_split(pixels: Float[Tensor, "*b c"], weight: Float[Tensor, "o c"]) -> Float[Tensor, "*b o"]:
+    """Products of bfloat16 with float32 that lose nothing: the matrix units take a weight's first eight bits and its
+    next eight apart, and add in float32."""
+    first = weight.to(pixels.dtype)
+    halves = torch.cat([first, (weight - first.to(weight.dtype)).to(pixels.dtype)])
+    products = torch.mm(pixels.flatten(0, -2), halves.T, out_dtype=torch.float32)
+    return (products[:, : len(weight)] + products[:, len(weight) :]).unflatten(0, pixels.shape[:-1])
 
 
 class _Scratch(nn.Module):

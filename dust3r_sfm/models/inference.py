@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +31,6 @@ def ready(model: Dust3r, device: torch.device, dtype: torch.dtype, is_compiled: 
         for head in (model.downstream_head1, model.downstream_head2):
             head.to(memory_format=torch.channels_last)  # tokens as a map have this layout already
     return _compiled(model) if is_compiled else model
-
-
-def can_compile() -> bool:
-    """Whether there is a compiler for kernels of a GPU."""
-    return find_spec("triton") is not None
 
 
 def _compiled(model: Dust3r) -> Dust3r:
