@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MAX_EXACT = 1_000_000
 """Databases of up to so many descriptors are searched exactly."""
 
+LEAST_PROBES = 32
 QUERY_ROWS = 256
 ADD_ROWS = 16384
 
@@ -36,8 +37,8 @@ ADD_ROWS = 16384
 class IndexConfig:
     num_lists: int | None = None
     """Lists of the inverted file; 4 sqrt(rows) to the next power of two where not given."""
-    num_probes: int = 32
-    """Lists that are looked through for a query."""
+    num_probes: int | None = None
+    """Lists that are looked through for a query; a sixteenth of them, and at least 32, where not given."""
     reduced_dim: int = 256
     """Dimensions that are left by the principal components, before quantisation."""
     code_bytes: int = 64
@@ -89,7 +90,8 @@ def search_index(
     """The k nearest rows for each query, among the candidates of the index by their exact cosine."""
     import faiss
 
-    faiss.extract_index_ivf(index).nprobe = config.num_probes
+    ivf = faiss.extract_index_ivf(index)
+    ivf.nprobe = config.num_probes or max(LEAST_PROBES, ivf.nlist // 16)
     k = min(k, len(database))
     num_candidates = min(max(config.num_candidates, 4 * k), len(database))
     found = []
