@@ -82,7 +82,7 @@ def turn_about_y(deg):
 def test_a_perfect_network_scores_100(scenes, dev_pairs):
     report = evaluate_pairs(Oracle(scenes), dev_pairs, "cpu")
     for scores in (*report.scenes, report.total):
-        for poses in (scores.reference_focal, scores.own_focal):
+        for poses in (scores.reference_focal, scores.both_known, scores.own_focal):
             assert (poses.rra15, poses.rta15) == (1, 1)
             assert poses.maa30 > 0.97
         assert scores.focal_error < 0.01
@@ -137,6 +137,18 @@ def test_flattened_pointmaps_give_the_known_focal_error(scenes, dev_pairs):
         return dataclasses.replace(p, pointmap0_in_cam0=p.pointmap0_in_cam0 * torch.tensor([1.0, 1, 1.25]))
 
     assert evaluate_pairs(Oracle(scenes, narrow), dev_pairs, "cpu").total.focal_error == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_network_that_takes_the_lens_for_another_finds_poses_where_both_cameras_are_known(scenes, dev_pairs):
+    def too_deep(p, pair):
+        stretch = torch.tensor([1.0, 1, 1.5])
+        pointmaps = {f"pointmap{k}_in_cam0": getattr(p, f"pointmap{k}_in_cam0") * stretch for k in (0, 1)}
+        return dataclasses.replace(p, **pointmaps)
+
+    report = evaluate_pairs(Oracle(scenes, too_deep), dev_pairs, "cpu")
+    assert report.total.both_known.maa30 > 0.97
+    assert report.total.reference_focal.maa30 < 0.9
+    assert report.figures()["both_maa30"] == report.total.both_known.maa30
 
 
 def test_depth_is_compared_after_one_scale_for_each_image(scenes, dev_pairs):

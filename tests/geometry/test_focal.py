@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dust3r_sfm.geometry.camera import K_from_focal, unproject
-from dust3r_sfm.geometry.focal import focal_from_pointmap
+from dust3r_sfm.geometry.focal import focal_from_pointmap, with_focal
 
 GOLDEN = np.load(Path(__file__).parents[1] / "data" / "geometry.npz")
 
@@ -87,3 +87,13 @@ def test_a_pointmap_with_nothing_in_front_has_no_focal_and_others_are_unaffected
     focal = focal_from_pointmap(pointmap, confidence, principal_point)
     assert focal.isnan().tolist() == [False, True, True]
     assert focal[0].item() == pytest.approx(40)
+
+
+def test_points_given_another_focal_length_have_it_and_stay_on_their_pixels():
+    pointmap, principal_point = wavy_pointmap(40.0, (2,))
+    confidence = torch.ones(pointmap.shape[:-1])
+    own, known = torch.tensor([40.0, torch.nan], dtype=torch.float64), torch.tensor([70.0, 70.0], dtype=torch.float64)
+    given = with_focal(pointmap.flatten(1, 2), own, known).view_as(pointmap)
+    focal = focal_from_pointmap(given, confidence, principal_point)
+    torch.testing.assert_close(focal, torch.tensor([70.0, 40.0], dtype=focal.dtype))  # none to tell: as it was
+    assert torch.equal(given[..., :2], pointmap[..., :2])
