@@ -136,7 +136,7 @@ def _last_layer(features: Float[Tensor, "b c h w"], layer: nn.Conv2d) -> Float[T
         return layer(features.to(layer.weight.dtype))
     weight = layer.weight[:, :, 0, 0]
     pixels = features.movedim(1, -1)  # as they lie in memory
-    if features.is_cuda and features.dtype == torch.bfloat16:
+    if features.is_cuda and features.dtype == torch.bfloat16 and not torch.is_grad_enabled():  # it has no derivative
         return (_times_split(pixels, weight) + layer.bias).movedim(-1, 1)
     # Sums of products are one kernel with what comes before and after: no copy is made in float32.
     return ((pixels.unsqueeze(-2).to(weight.dtype) * weight).sum(dim=-1) + layer.bias).movedim(-1, 1)
