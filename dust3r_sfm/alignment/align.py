@@ -96,7 +96,8 @@ def iterate_components(
         align_clusters = align_clusters or partial(_align_here, predictions, config)
         scenes = align_in_clusters(views, predictions, config.max_cluster, align_clusters)
     for scene in scenes:
-        yield drawn_to_positions(scene, predictions, positions) if positions else scene
+        told = with_known_focals(views, predictions)  # as the scene was aligned by
+        yield drawn_to_positions(scene, told, positions) if positions else scene
 
 
 def align_cluster(predictions: Predictions, config: AlignConfig, cluster: Cluster) -> list[Scene]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from dust3r_sfm.training import render as r
 from dust3r_sfm.training.textures import generated_textures, with_mipmaps
 from dust3r_sfm.training.viewpoints import cameras_from, look_at, overlap, sample_cameras
-from dust3r_sfm.training.world import TABLE, Dice, World, constant, sample_world
+from dust3r_sfm.training.world import COURTS, TABLE, Dice, World, constant, sample_world
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,14 +109,13 @@ def sample_pairs(
     samples: int = 1,
     kernel: CDLL | None = None,
     wide_share: float = 0.0,
-    courts: float = 0.15,
+    courts: float = COURTS,
     one_make: float = 0.0,
 ) -> TrainingPairs:
     """Random worlds seen by two cameras each: fresh at every call, on the dice's device.
 
     `wide_share` is of the pairs with a wide baseline, see `sample_cameras`; `courts` and `one_make` of certain worlds,
-    see `sample_world`. With `kernel`, of `load_kernel` for the
-    CPU, they are rendered ten times faster there.
+    see `sample_world`. With `kernel`, of `load_kernel` for the CPU, they are rendered ten times faster there.
     """
     world = sample_world(dice, batch, len(textures), courts, one_make)
 

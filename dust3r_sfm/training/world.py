@@ -18,7 +18,8 @@ PRIMITIVES = 2 + PANELS + GROUPS * PARTS  # the room, the ground, what stands ar
 
 INSIDE, OUTSIDE, TABLE, CHAOS, COURT = range(5)
 """A court is open to the sky, and its walls are facades."""
-_KIND_WEIGHTS = (0.33, 0.25, 0.19, 0.08, 0.15)
+COURTS = 0.15
+_KIND_WEIGHTS = (0.33, 0.25, 0.19, 0.08, COURTS)
 
 # By kind: half size of the room, its height, radius in which objects stand, their size, eye height over the ground,
 # distance of the camera from its subject as a share of that radius.
@@ -370,9 +371,7 @@ def _lights(dice: Dice, kind: Tensor, room: Tensor, textures: int) -> Tensor:
     return l
 
 
-def sample_world(
-    dice: Dice, batch: int, textures: int, courts: float = _KIND_WEIGHTS[COURT], one_make: float = 0.0
-) -> World:
+def sample_world(dice: Dice, batch: int, textures: int, courts: float = COURTS, one_make: float = 0.0) -> World:
     """A batch of random scenes over `textures` textures, on the dice's device, without synchronisation.
 
     `courts` is the share of courts among them, `one_make` of scenes in which hardly a colour tells one thing from the

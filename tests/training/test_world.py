@@ -78,6 +78,20 @@ def test_materials_are_within_their_ranges(rows):
     assert (rows[:, r.TAPER] <= 0.98).all()
 
 
+def test_worlds_of_one_make_have_few_textures_and_hardly_two_colours(world):
+    alike, usual = sample_world(Dice("cpu", 21), 64, TEXTURES, one_make=1.0).primitives, world.primitives
+    assert max(len(scene[..., r.TEXTURE0].unique()) for scene in alike) <= 3
+    assert max(len(scene[..., r.TEXTURE0].unique()) for scene in usual) > 5
+    assert alike[..., r.TINT].std(1).mean() < 0.4 * usual[..., r.TINT].std(1).mean()
+    assert torch.equal(alike[..., r.OBJECT_FROM_WORLD], usual[..., r.OBJECT_FROM_WORLD])  # the shapes stay
+
+
+@pytest.mark.parametrize("courts", [0.0, 0.5, 1.0])
+def test_as_many_worlds_are_courts_as_asked_for(courts):
+    kind = sample_world(Dice("cpu", 3), 400, TEXTURES, courts=courts).kind
+    assert (kind == COURT).float().mean() == pytest.approx(courts, abs=0.08)
+
+
 def test_suns_are_directions_and_lamps_hang_in_the_room(world):
     for start in (0, 8):
         lamp = world.lights[:, start : start + 8]
