@@ -37,7 +37,7 @@ class LoopConfig:
     """Colour samples a pixel of the renderer."""
     wide_share: float = 0.0
     """Share of the procedural pairs whose cameras stand as far apart as the overlap allows."""
-    courts: float = 0.22
+    courts: float = 0.3
     """Share of the worlds that are courts, with facades of portals and windows."""
     one_make: float = 0.35
     """Share of the worlds in which hardly a colour tells one thing from the next, as where all is of one stone."""

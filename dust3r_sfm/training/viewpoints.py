@@ -35,15 +35,52 @@ def _stations(dice: Dice, world: World, n: int) -> tuple[Tensor, Tensor]:
     b = len(world.kind)
     num, court = world.subjects.shape[1], (world.kind == COURT)[:, None]
     pick = dice.integer(num, b, n)
-    pick = torch.where(court & dice.chance(0.6, b, n), num - 4 + dice.integer(4, b, n), pick)  # its walls
+    at_wall = court & dice.chance(0.6, b, n)
+    pick = torch.where(at_wall, num - 4 + dice.integer(4, b, n), pick)
     subject = world.subjects.gather(1, pick[..., None].expand(b, n, 3))
     subject = torch.where(dice.chance(0.3, b, n, 1), subject * 0.3, subject)
     azimuth = dice.uniform(b, n, high=2 * math.pi)
     distance = dice.ranged(DISTANCE, world.kind, b, n) * world.radius[:, None]
+    subject, azimuth, distance = _facing(dice, world, at_wall, (subject, azimuth, distance))
     height = dice.ranged(EYE, world.kind, b, n) + subject[..., 2] * dice.uniform(b, n) * ~court
     place = subject + torch.stack([azimuth.cos() * distance, azimuth.sin() * distance, torch.zeros_like(distance)], -1)
     place[..., 2] = height
-    return _within(world, place), subject
+    return _along_streets(dice, world, _within(world, place), subject)
+
+
+def _facing(
+    dice: Dice, world: World, at_wall: Tensor, otherwise: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Subject, azimuth and distance of cameras of which most that look at a wall see it from its front, as a whole."""
+    b, n = at_wall.shape
+    facing = at_wall & dice.chance(0.7, b, n)
+    turn = 0.5 * math.pi * dice.integer(4, b, n)
+    sides = world.room[:, None, :2]
+    normal = torch.stack([turn.cos(), turn.sin()], -1)
+    aside = torch.stack([-turn.sin(), turn.cos()], -1) * 0.3 * dice.normal(b, n, 1)
+    rise = world.room[:, None, 2] * dice.uniform(b, n, low=0.1, high=0.45)
+    subject = torch.cat([(normal + aside) * sides, rise[..., None]], -1)
+    azimuth = turn + math.pi + 0.45 * dice.normal(b, n)
+    width = (normal.flip(-1).abs() * sides).sum(-1)
+    distance = width * dice.uniform(b, n, low=math.log(0.5), high=math.log(2.5)).exp()
+    found = subject, azimuth, distance
+    return tuple(
+        torch.where(facing.reshape(b, n, *[1] * (x.ndim - 2)), x, y) for x, y in zip(found, otherwise, strict=True)
+    )
+
+
+def _along_streets(dice: Dice, world: World, place: Tensor, subject: Tensor) -> tuple[Tensor, Tensor]:
+    """Most cameras in a long court stand anywhere on it and look along it, at the height of eyes or of a car's roof."""
+    b, n = place.shape[:2]
+    room = world.room[:, None]
+    along = (world.kind == COURT)[:, None] & (room[..., 0] > 2.5 * room[..., 1]) & dice.chance(0.7, b, n)
+    stand = torch.cat(
+        [dice.uniform(b, n, 2, low=-0.7, high=0.7) * room[..., :2], dice.uniform(b, n, 1, low=1.2, high=2.2)], -1
+    )
+    ahead = -stand[..., :1].sign() * dice.uniform(b, n, 1, low=0.2, high=1.0) * room[..., :1]
+    ahead = torch.cat([ahead, 0.5 * stand[..., 1:2], stand[..., 2:]], -1)
+    along = along[..., None]
+    return torch.where(along, stand, place), torch.where(along, ahead, subject)
 
 
 def _within(world: World, place: Tensor) -> Tensor:

@@ -17,7 +17,13 @@ GROUPS, PANELS = 11, 12
 PRIMITIVES = 2 + PANELS + GROUPS * PARTS  # the room, the ground, what stands around, the objects
 
 INSIDE, OUTSIDE, TABLE, CHAOS, COURT = range(5)
-"""A court is open to the sky, and its walls are facades."""
+"""A court is open to the sky, and its walls are facades; a long one is a street."""
+STREETS = 0.25
+"""Share of the courts that are stretched to streets."""
+GRAND = 0.5
+"""Share of the courts whose facades have one large portal each."""
+STUDIOS = 0.3
+"""Share of the tables that stand before nothing but one plain brightness, as what is photographed for a catalogue."""
 COURTS = 0.15
 _KIND_WEIGHTS = (0.33, 0.25, 0.19, 0.08, COURTS)
 
@@ -138,6 +144,8 @@ def _objects(dice: Dice, kind: Tensor, radius: Tensor, room: Tensor, ground: Ten
     row = (torch.arange(GROUPS, device=device) - GROUPS // 2) * size[:, :1] * dice.uniform(b, 1, low=0.8, high=1.6)
     in_row = dice.chance(0.15, b, 1)
     x, y = torch.where(in_row, row, x), torch.where(in_row, y * 0.15, y)
+    stretch = (room[:, :1] / room[:, 1:2]).clamp(min=1.0)
+    x = torch.where((kind == COURT)[:, None], x * stretch, x)
     limit = 0.92 * room[:, None]
     x, y = x.clamp(-limit[..., 0], limit[..., 0]), y.clamp(-limit[..., 1], limit[..., 1])
     lift = torch.where(wild, dice.uniform(b, GROUPS) * 0.8 * room[:, 2:], torch.zeros_like(x))
@@ -178,11 +186,12 @@ def _relief(dice: Dice, kind: Tensor, amplitude: Tensor, waves: Tensor) -> Tenso
     return p
 
 
-def _portals(dice: Dice, amplitude: Tensor) -> Tensor:
+def _portals(dice: Dice, amplitude: Tensor, single_share: float = 0.3) -> Tensor:
     """Doors, windows and niches, round or square, single or in rows, with stepped recesses."""
     shape = amplitude.shape
     p = amplitude.new_zeros((*shape, 22))
-    single = dice.chance(0.3, *shape)
+    p[..., 0] = PORTALS
+    single = dice.chance(single_share, *shape)
     p[..., 1] = dice.uniform(*shape, low=15.0, high=60.0)
     p[..., 2] = torch.where(single, 1.0, dice.integer(6, *shape) + 2.0)
     p[..., 3] = torch.where(single | dice.chance(0.4, *shape), 1.0, dice.integer(4, *shape) + 1.0)
@@ -273,6 +282,9 @@ def _panels(dice: Dice, kind: Tensor, room: Tensor, radius: Tensor) -> Tensor:
     rows[..., r.RELIEF_PARAMETERS] = _relief(
         dice, pattern, dice.uniform(b, n, low=0.2, high=0.95), dice.uniform(b, n, low=2.0, high=20.0)
     )
+    grand = _portals(dice, dice.uniform(b, 4, low=0.5, high=0.95), single_share=1.0)
+    wanted = (kind == COURT)[:, None, None] & dice.chance(GRAND, b, 1, 1)
+    rows[:, :4, r.RELIEF_PARAMETERS] = torch.where(wanted, grand, rows[:, :4, r.RELIEF_PARAMETERS])
     return rows
 
 
@@ -282,7 +294,7 @@ def _facades(dice: Dice, room: Tensor) -> Tensor:
     turn = torch.arange(4, device=device) * 1.5708
     sides = room[:, :2]  # no lists of indices: they would be copied to the device, and a captured step cannot
     wall, other = sides.repeat(1, 2), sides.flip(1).repeat(1, 2)
-    deep = room[:, 2:] * dice.uniform(b, 4, low=0.03, high=0.2)
+    deep = room[:, 2:] * dice.uniform(b, 4, low=0.03, high=0.3)
     tall = room[:, 2:] * dice.uniform(b, 4, low=0.3, high=0.6)
     rotation = _yaw(turn)
     center = (rotation @ torch.stack([wall, 0 * wall, 0 * wall], -1)[..., None])[..., 0]
@@ -342,6 +354,18 @@ def _make_alike(dice: Dice, rows: Tensor, wanted: Bool[Tensor, "b 1"]) -> None:
     rows[..., r.TINT] = torch.where(wanted[..., None], alike, tint)
 
 
+def _make_studios(dice: Dice, rows: Tensor, wanted: Bool[Tensor, "b 1"]) -> None:
+    """Plain light floors and walls with nothing on them, in place."""
+    b, device = len(rows), dice.device
+    around = rows[:, :2]
+    white = (dice.uniform(b, 1, 1, low=0.5, high=1.0) * (1 + 0.04 * dice.normal(b, 1, 3))).clamp(max=1.0)
+    around[..., r.TINT] = torch.where(wanted[..., None], white, around[..., r.TINT])
+    around[..., r.CONTRAST] = torch.where(wanted, 0.1 * dice.uniform(b, 1) ** 2, around[..., r.CONTRAST])
+    panels = rows[:, 2 : 2 + PANELS]
+    none = constant((float(r.NONE),), device)
+    panels[..., r.TYPE] = torch.where(wanted, none, panels[..., r.TYPE])
+
+
 def _lights(dice: Dice, kind: Tensor, room: Tensor, textures: int) -> Tensor:
     b, device = len(kind), dice.device
     l = torch.zeros((b, r.LIGHT_SIZE), device=device)
@@ -381,12 +405,16 @@ def sample_world(dice: Dice, batch: int, textures: int, courts: float = COURTS, 
     weights = constant((*(others * weight for weight in _KIND_WEIGHTS[:COURT]), courts), dice.device).cumsum(0)
     kind = (dice.uniform(batch, 1) * weights[-1] > weights).sum(-1).clamp(max=4)
     side = dice.ranged(_ROOM, kind, batch, 2)
+    street = (kind == COURT) & dice.chance(STREETS, batch)
+    stretch = torch.where(street, dice.uniform(batch, low=3.0, high=8.0), 1.0)
+    side = torch.stack([side[:, 0] * stretch, side[:, 1]], -1)
     room = torch.cat([side, 2 * dice.ranged(_HEIGHT, kind, batch, 1)], -1)
     radius = torch.minimum(dice.ranged(_RADIUS, kind, batch), 0.9 * side.amin(-1))
     around, ground = _surroundings(dice, kind, room, radius)
     objects, subjects = _objects(dice, kind, radius, room, ground)
     primitives = torch.cat([around, objects.flatten(1, 2)], 1)
     _paint(dice, primitives, textures, radius, one_make)
+    _make_studios(dice, primitives, (kind == TABLE)[:, None] & dice.chance(STUDIOS, batch, 1))
     wall = dice.uniform(batch, 4, 2, low=-1.0, high=1.0)
     wall = wall / wall.abs().amax(-1, keepdim=True).clamp(min=1e-3)
     on_walls = torch.cat([wall, dice.uniform(batch, 4, 1, low=0.15, high=0.7)], -1) * room[:, None]
