@@ -3,6 +3,7 @@
 Each pair says `target_from_source` of two frames, with a scale of its own. Rotations are averaged by
 iterated linear least squares over the graph of pairs (Chatterjee and Govindu, ICCV 2013), logarithms
 of scales and origins linearly; pairs that disagree with the others lose their weight (Geman-McClure).
+Also the mean of two relative poses of one pair.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from scipy.sparse.linalg import splu
 from torch import Tensor
 
 from dust3r_sfm.geometry.registration import similarity_matrix
-from dust3r_sfm.geometry.transforms import inverse, rotation_from_rotvec, rotvec_from_rotation
+from dust3r_sfm.geometry.transforms import (
+    camera_center,
+    inverse,
+    rigid_transform,
+    rotation_from_rotvec,
+    rotvec_from_rotation,
+)
 
 NUM_ITERS = 10
 DAMPING = 1e-9
@@ -68,6 +75,22 @@ def relation_distances(first: Float[Tensor, "e 4 4"], second: Float[Tensor, "e 4
 def relative_to_frames(world_from_frame: Float[Tensor, "n 4 4"], images: Int[Tensor, "2 e"]) -> Float[Tensor, "e 4 4"]:
     """target_from_source of pairs (source, target) of frames."""
     return inverse(world_from_frame[images[1]]) @ world_from_frame[images[0]]
+
+
+def mean_relative_pose(first: Float[Tensor, "*b 4 4"], second: Float[Tensor, "*b 4 4"]) -> Float[Tensor, "*b 4 4"]:
+    """Half-way between two estimates of cam1_from_cam0 whose scales are unknown, as of both directions of a pair.
+
+    The rotation is the mean of both, the place of camera 1 in camera 0's frame the mean of the two unit directions.
+    The other one, as it is, where one is not finite; a translation of zero where the two places are opposite.
+    """
+    rotation0, rotation1 = first[..., :3, :3], second[..., :3, :3]
+    # for two rotations the same as their mean projected to SO(3)
+    rotation = rotation_from_rotvec(rotvec_from_rotation(rotation1 @ rotation0.mT) / 2) @ rotation0
+    direction0, direction1 = (torch.nn.functional.normalize(camera_center(pose), dim=-1) for pose in (first, second))
+    place = (direction0 + direction1)[..., None] / 2
+    mean = rigid_transform(rotation, -(rotation @ place)[..., 0])
+    has_first, has_second = (pose.isfinite().all(dim=-1).all(dim=-1)[..., None, None] for pose in (first, second))
+    return torch.where(has_first & has_second, mean, torch.where(has_first, first, second))
 
 
 def average_similarities(
