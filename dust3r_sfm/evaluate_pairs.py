@@ -6,6 +6,9 @@ Pose: RANSAC-PnP of image 1's pixels against its pointmap in camera 0's frame, w
 (pixels freed of lens distortion). Beside it with the reference K of both cameras, the pointmap being given
 camera 0's focal in place of the one that it has; and with camera 1's own focal: the one that the pointmap
 of image 1 gives where the pair is predicted the other way round, principal point in the centre.
+These three are from one direction of the pair, and from the more confident half of the pixels. The last two
+stand there both ways, too, as both directions of a pair are predicted in use: from pixels of all confidences,
+and the mean of the poses that the two directions give.
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ from typing import NamedTuple
 
 import pycolmap
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dust3r_sfm.errors import InputError
 from dust3r_sfm.files import write_bytes
 from dust3r_sfm.formats.dev_pairs import DevPairs, DevView, load_dev_pairs
+from dust3r_sfm.geometry.averaging import mean_relative_pose
 from dust3r_sfm.geometry.camera import K_from_focal
 from dust3r_sfm.geometry.colmap_types import colmap_camera, transform_from_rigid3d
 from dust3r_sfm.geometry.focal import focal_from_pointmap, with_focal
@@ -49,10 +53,19 @@ from dust3r_sfm.procedural_pairs import procedural_pairs
 logger = logging.getLogger(__name__)
 
 MAX_POINTS = 2000  # of image 1 in RANSAC, from the more confident half of its pixels
+MAX_POINTS_BOTH_WAYS = 1000  # of either image, from all its pixels: 4000 found no better poses in four times the time
 MAX_ERROR_PX = 5.0
 MAX_NUM_TRIALS = 2000  # finds a pose that a seventh of the points agree with in 997 of 1000 cases
 
 IndexPair = tuple[int, int]
+
+
+class _Points(NamedTuple):
+    """Some points that image 1 sees, of one prediction or of a batch."""
+
+    in_cam0: Float[Tensor, "*b m 3"]
+    pixels1: Int[Tensor, "*b m"]
+    """Indices of the points' pixels in the flattened image 1."""
 
 
 class _Measured(NamedTuple):
@@ -61,9 +74,10 @@ class _Measured(NamedTuple):
     focal: float
     confidence: Float[Tensor, 2]
     depth: Float[Tensor, 3]
-    points1_in_cam0: Float[Tensor, "m 3"]
-    pixels1: Tensor
-    """Indices of the points' pixels in the flattened image 1."""
+    confident: _Points
+    """Of the more confident half of the pixels."""
+    spread: _Points
+    """Of all pixels."""
 
 
 def main(
@@ -74,6 +88,10 @@ def main(
     textures: Path | None = None,
 ) -> PairReport:
     """Measure what a network predicts for single pairs of photos, on fixed pairs with reference cameras.
+
+    Relative poses of each pair one way, with the K of camera 1, with both K and with the own focal; and both ways, the
+    mean of both directions: rotations and directions of translation within 15 degrees (RRA@15, RTA@15), and pairs with
+    both within 1 to 30 degrees on average (mAA(30)). Then focal and depth errors, and what confidences say of errors.
 
     Args:
         scenes_dir: Folder of scenes, each with images and a cameras.json, and pairs_within_60deg.json.
@@ -113,7 +131,7 @@ def evaluate_pairs(
     runner = _Runner(model.to(device).eval(), dev_pairs.views, torch.device(device), batch_size)
     try:
         with torch.no_grad():  # not inference_mode: training could not use what the model keeps of it
-            measured = runner.measure(list(dict.fromkeys(_both_ways(dev_pairs.pairs))))
+            measured = runner.measure(list(dict.fromkeys([*dev_pairs.pairs, *_reversed(dev_pairs.pairs)])))
             across = torch.cat([torch.empty(0, 2), *runner.confidences(dev_pairs.pairs_across)])
     finally:
         model.train(was_training)
@@ -170,8 +188,8 @@ class _Runner:
             yield from (group[k : k + self.batch_size] for k in range(0, len(group), self.batch_size))
 
 
-def _both_ways(pairs: Sequence[IndexPair]) -> list[IndexPair]:
-    return [*pairs, *((j, i) for i, j in pairs)]
+def _reversed(pairs: Sequence[IndexPair]) -> list[IndexPair]:
+    return [(j, i) for i, j in pairs]
 
 
 def _median_confidences(prediction: PairPrediction) -> Float[Tensor, "b 2"]:
@@ -185,15 +203,21 @@ def _measure(prediction: PairPrediction, views0: Sequence[DevView]) -> Iterator[
     center = torch.tensor([width / 2, height / 2], device=pointmap0.device)
     focals = focal_from_pointmap(pointmap0, confidence0, center).tolist()
     medians = _median_confidences(prediction).cpu()
-    # every so many of the more confident half, by rank
     ranked = prediction.confidence1.flatten(1).argsort(dim=1, descending=True, stable=True)
-    half = max(ranked.shape[1] // 2, 1)
-    pixels1 = ranked[:, torch.linspace(0, half - 1, min(MAX_POINTS, half), device=ranked.device).long()]
-    points1 = torch.take_along_dim(prediction.pointmap1_in_cam0.flatten(1, 2), pixels1[..., None], dim=1)
-    pixels1, points1 = pixels1.cpu(), points1.cpu()
+    confident = _take(prediction.pointmap1_in_cam0, ranked[:, : max(ranked.shape[1] // 2, 1)], MAX_POINTS)
+    spread = _take(prediction.pointmap1_in_cam0, ranked, MAX_POINTS_BOTH_WAYS)
     for k, view in enumerate(views0):
         depth = _depth_errors(pointmap0[k, ..., 2], confidence0[k], view)
-        yield _Measured(focals[k], medians[k], depth, points1[k], pixels1[k])
+        points = (_Points(chosen.in_cam0[k], chosen.pixels1[k]) for chosen in (confident, spread))
+        yield _Measured(focals[k], medians[k], depth, *points)
+
+
+def _take(pointmap1_in_cam0: Float[Tensor, "b h w 3"], ranked: Int[Tensor, "b n"], max_points: int) -> _Points:
+    """Every so many of the ranked pixels, on the CPU."""
+    n = ranked.shape[1]
+    pixels1 = ranked[:, torch.linspace(0, n - 1, min(max_points, n), device=ranked.device).long()]
+    points = torch.take_along_dim(pointmap1_in_cam0.flatten(1, 2), pixels1[..., None], dim=1)
+    return _Points(points.cpu(), pixels1.cpu())
 
 
 def _depth_errors(depth: Float[Tensor, "h w"], confidence: Float[Tensor, "h w"], view: DevView) -> Float[Tensor, 3]:
@@ -218,25 +242,42 @@ class _Poses(NamedTuple):
     """With the reference K of both cameras."""
     own_focal: Float[Tensor, "p 4 4"]
     """With camera 1's own focal."""
+    both_ways: Float[Tensor, "p 4 4"]
+    """With the reference K of both cameras, the mean of both directions."""
+    own_focal_both_ways: Float[Tensor, "p 4 4"]
+    """With the cameras' own focals, the mean of both directions."""
 
 
 def _poses(dev_pairs: DevPairs, measured: dict[IndexPair, _Measured], num_threads: int) -> _Poses:
-    def estimate(pair: IndexPair) -> tuple[Tensor, Tensor, Tensor]:
-        i, j = pair
-        view1, found = dev_pairs.views[j], measured[pair]
-        keypoints = view1.keypoints.flatten(0, 1)[found.pixels1]
-        height, width = view1.view.size
-        x, y = found.pixels1 % width + 0.5, found.pixels1 // width + 0.5
-        own_K = K_from_focal(torch.tensor(measured[j, i].focal), torch.tensor([width / 2, height / 2]))
-        stretched = with_focal(found.points1_in_cam0, torch.tensor(found.focal), _focal(dev_pairs.views[i]))
-        return (
-            _resect(found.points1_in_cam0, keypoints, view1.K),
-            _resect(stretched, keypoints, view1.K),
-            _resect(found.points1_in_cam0, torch.stack([x, y], dim=-1), own_K),
-        )
+    views, pairs = dev_pairs.views, dev_pairs.pairs
+
+    def from_confident(pair: IndexPair) -> Float[Tensor, "3 4 4"]:
+        points, view1 = measured[pair].confident, views[pair[1]]
+        known = _resect(points.in_cam0, view1.keypoints.flatten(0, 1)[points.pixels1], view1.K)
+        return torch.stack([known, *_both_known_and_own_focal(pair, points, views, measured)])
+
+    def from_all(pair: IndexPair) -> Float[Tensor, "2 4 4"]:
+        return torch.stack(_both_known_and_own_focal(pair, measured[pair].spread, views, measured))
 
     with ThreadPoolExecutor(num_threads) as pool:  # pycolmap's estimators leave the lock of Python to the others
-        return _Poses(*map(torch.stack, zip(*pool.map(estimate, dev_pairs.pairs), strict=True)))
+        one_way, directions = pool.map(from_confident, pairs), pool.map(from_all, measured)
+        found = dict(zip(measured, directions, strict=True))
+        forth, back = (torch.stack([found[pair] for pair in way]) for way in (pairs, _reversed(pairs)))
+        means = mean_relative_pose(forth, inverse(back))
+        return _Poses(*torch.stack([*one_way]).unbind(1), *means.unbind(1))
+
+
+def _both_known_and_own_focal(
+    pair: IndexPair, points: _Points, views: Sequence[DevView], measured: dict[IndexPair, _Measured]
+) -> tuple[Float[Tensor, "4 4"], Float[Tensor, "4 4"]]:
+    """cam1_from_cam0 with the reference K of both cameras, and with camera 1's own focal."""
+    i, j = pair
+    view1, (height, width) = views[j], views[j].view.size
+    keypoints = view1.keypoints.flatten(0, 1)[points.pixels1]
+    x, y = points.pixels1 % width + 0.5, points.pixels1 // width + 0.5
+    own_K = K_from_focal(torch.tensor(measured[j, i].focal), torch.tensor([width / 2, height / 2]))
+    stretched = with_focal(points.in_cam0, torch.tensor(measured[pair].focal), _focal(views[i]))
+    return _resect(stretched, keypoints, view1.K), _resect(points.in_cam0, torch.stack([x, y], dim=-1), own_K)
 
 
 def _focal(view: DevView) -> Float[Tensor, ""]:
@@ -280,8 +321,13 @@ def _errors(
         translation_both_known_deg=relative_translation_error_deg(poses.both_known, reference),
         rotation_own_focal_deg=relative_rotation_error_deg(poses.own_focal, reference),
         translation_own_focal_deg=relative_translation_error_deg(poses.own_focal, reference),
+        rotation_both_ways_deg=relative_rotation_error_deg(poses.both_ways, reference),
+        translation_both_ways_deg=relative_translation_error_deg(poses.both_ways, reference),
+        rotation_own_focal_both_ways_deg=relative_rotation_error_deg(poses.own_focal_both_ways, reference),
+        translation_own_focal_both_ways_deg=relative_translation_error_deg(poses.own_focal_both_ways, reference),
         focal=focal_error(focals, reference_focals),
         confidence=torch.stack([found.confidence for found in of_pairs]),
+        confidence_reversed=torch.stack([measured[pair].confidence.flip(0) for pair in _reversed(pairs)]),
         depth=torch.stack([found.depth for found in of_pairs]),
         confidence_across=across,
     )

@@ -28,10 +28,18 @@ class PairErrors:
     rotation_own_focal_deg: Float[Tensor, " p"]
     """With camera 1's focal estimated, in place of the reference K."""
     translation_own_focal_deg: Float[Tensor, " p"]
+    rotation_both_ways_deg: Float[Tensor, " p"]
+    """With the reference K of both cameras, by the mean of the poses of both directions of the pair."""
+    translation_both_ways_deg: Float[Tensor, " p"]
+    rotation_own_focal_both_ways_deg: Float[Tensor, " p"]
+    """The same with both focals estimated."""
+    translation_own_focal_both_ways_deg: Float[Tensor, " p"]
     focal: Float[Tensor, " p"]
     """Relative error of camera 0's focal."""
     confidence: Float[Tensor, "p 2"]
     """Median confidence of image 0 and of image 1."""
+    confidence_reversed: Float[Tensor, "p 2"]
+    """Of the same two images where the pair is predicted the other way round."""
     depth: Float[Tensor, "p 3"]
     """Median relative depth error of image 0: of all pixels, their more confident half, the rest; NaN without a map."""
     confidence_across: Float[Tensor, "q 2"]
@@ -59,6 +67,10 @@ class SceneScores:
     """With the reference K of both cameras: z is scaled so that image 0's pointmap has the focal of its K."""
     own_focal: PoseScores
     """With the focal that the network's own pointmaps give."""
+    both_ways: PoseScores
+    """With the reference K of both cameras, from all pixels: the mean of the poses of both directions of the pair."""
+    own_focal_both_ways: PoseScores
+    """The same with the focals that the network's own pointmaps give."""
     focal_error: float
     """Median of |f - reference| / reference."""
     depth_error: float | None
@@ -70,8 +82,11 @@ class Calibration:
     """Whether confidence means something; None where there was nothing to measure it on."""
 
     confident_half_deg: float
-    """Median pose error (the worse of rotation and translation) of the more confident half of the pairs."""
+    """Median pose error (K of camera 1, the worse of rotation and translation) of the more confident half of pairs."""
     other_half_deg: float
+    confident_half_both_ways_deg: float
+    """The same of both ways with the reference K of both cameras, by the mean confidence of both directions."""
+    other_half_both_ways_deg: float
     confident_half_depth: float | None
     """Median relative depth error of each image's more confident half of pixels, median over pairs."""
     other_half_depth: float | None
@@ -98,18 +113,19 @@ class PairReport:
     def figures(self) -> dict[str, float]:
         """The total in a line of a run's history; without what was not measured."""
         total, c = self.total, self.calibration
-        known, both, own = total.reference_focal, total.both_known, total.own_focal
-        values = {"rra15": known.rra15, "rta15": known.rta15, "maa30": known.maa30}
-        values |= {"both_rra15": both.rra15, "both_rta15": both.rta15, "both_maa30": both.maa30}
-        values |= {"own_rra15": own.rra15, "own_rta15": own.rta15, "own_maa30": own.maa30}
+        poses = {"": total.reference_focal, "both_": total.both_known, "own_": total.own_focal}
+        poses |= {"both_ways_": total.both_ways, "own_both_ways_": total.own_focal_both_ways}
+        values = {f"{of}{name}": getattr(poses[of], name) for of in poses for name in ("rra15", "rta15", "maa30")}
         values |= {"focal_error": total.focal_error, "depth_error": total.depth_error}
         values |= {"separation": c.separation, "separation_weaker_image": c.separation_weaker_image}
         return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
     def table(self) -> str:
-        """A markdown table, a line a scene and their total, and two lines on the confidences."""
+        """A markdown table, a line a scene and their total, and three lines on the confidences."""
         header = ["scene", "pairs", "RRA@15", "RTA@15", "mAA(30)", "rot deg", "trans deg"]
         header += ["both K: RRA@15", "RTA@15", "mAA(30)", "own focal: RRA@15", "RTA@15", "mAA(30)"]
+        header += ["both K, both ways: RRA@15", "RTA@15", "mAA(30)"]
+        header += ["own focal, both ways: RRA@15", "RTA@15", "mAA(30)"]
         header += ["focal err %", "depth err %"]
         rows = [_row(scores) for scores in (*self.scenes, self.total)]
         c = self.calibration
@@ -117,6 +133,8 @@ class PairReport:
             f"Pose error of the more confident half of the pairs {c.confident_half_deg:.1f} deg, of the rest "
             f"{c.other_half_deg:.1f} deg; depth error of the more confident half of the pixels "
             f"{_percent(c.confident_half_depth)} %, of the rest {_percent(c.other_half_depth)} %.",
+            f"Both ways with both K: pose error of the more confident half of the pairs "
+            f"{c.confident_half_both_ways_deg:.1f} deg, of the rest {c.other_half_both_ways_deg:.1f} deg.",
             f"Area under the ROC curve between true pairs and pairs of two scenes: {_fraction(c.separation)}, "
             f"by the less confident image of each {_fraction(c.separation_weaker_image)}.",
         ]
@@ -143,6 +161,10 @@ def _scene_scores(name: str, errors: PairErrors, mask: Bool[Tensor, " p"]) -> Sc
         reference_focal=_pose_scores(errors.rotation_deg[mask], errors.translation_deg[mask]),
         both_known=_pose_scores(errors.rotation_both_known_deg[mask], errors.translation_both_known_deg[mask]),
         own_focal=_pose_scores(errors.rotation_own_focal_deg[mask], errors.translation_own_focal_deg[mask]),
+        both_ways=_pose_scores(errors.rotation_both_ways_deg[mask], errors.translation_both_ways_deg[mask]),
+        own_focal_both_ways=_pose_scores(
+            errors.rotation_own_focal_both_ways_deg[mask], errors.translation_own_focal_both_ways_deg[mask]
+        ),
         focal_error=errors.focal[mask].median().item(),
         depth_error=_median_or_none(errors.depth[mask, 0]),
     )
@@ -159,20 +181,30 @@ def _pose_scores(rotation: Float[Tensor, " p"], translation: Float[Tensor, " p"]
 
 
 def _calibration(errors: PairErrors) -> Calibration:
-    pose = torch.maximum(errors.rotation_deg, errors.translation_deg)
     pair_confidence = errors.confidence.log().mean(dim=-1)
-    by_confidence = pose[pair_confidence.argsort(descending=True, stable=True)]
-    half = (len(pose) + 1) // 2
+    both_ways_confidence = (pair_confidence + errors.confidence_reversed.log().mean(dim=-1)) / 2
+    halves = _median_halves(torch.maximum(errors.rotation_deg, errors.translation_deg), pair_confidence)
+    both_ways = torch.maximum(errors.rotation_both_ways_deg, errors.translation_both_ways_deg)
+    both_ways_halves = _median_halves(both_ways, both_ways_confidence)
     across = errors.confidence_across
     weaker, weaker_across = errors.confidence.amin(dim=-1), across.amin(dim=-1)
     return Calibration(
-        confident_half_deg=by_confidence[:half].median().item(),
-        other_half_deg=by_confidence[half:].median().item(),
+        confident_half_deg=halves[0],
+        other_half_deg=halves[1],
+        confident_half_both_ways_deg=both_ways_halves[0],
+        other_half_both_ways_deg=both_ways_halves[1],
         confident_half_depth=_median_or_none(errors.depth[:, 1]),
         other_half_depth=_median_or_none(errors.depth[:, 2]),
         separation=roc_auc(pair_confidence, across.log().mean(dim=-1)) if len(across) else None,
         separation_weaker_image=roc_auc(weaker, weaker_across) if len(across) else None,
     )
+
+
+def _median_halves(errors: Float[Tensor, " p"], confidence: Float[Tensor, " p"]) -> tuple[float, float]:
+    """Median error of the more confident half, and of the rest."""
+    by_confidence = errors[confidence.argsort(descending=True, stable=True)]
+    half = (len(errors) + 1) // 2
+    return by_confidence[:half].median().item(), by_confidence[half:].median().item()
 
 
 def _median_or_none(values: Float[Tensor, " p"]) -> float | None:
@@ -181,7 +213,8 @@ def _median_or_none(values: Float[Tensor, " p"]) -> float | None:
 
 
 def _row(scores: SceneScores) -> list[str]:
-    known, others = scores.reference_focal, (scores.both_known, scores.own_focal)
+    known = scores.reference_focal
+    others = (scores.both_known, scores.own_focal, scores.both_ways, scores.own_focal_both_ways)
     angles = [f"{known.median_rotation_deg:.1f}", f"{known.median_translation_deg:.1f}"]
     return [
         *(scores.scene, str(scores.num_pairs)),

@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 PANELS = {
     "mean normalised error": ("error0", "error1"),
     "log confidence; matching loss": ("log_confidence", "log_confidence_apart", "matching"),
-    "poses of the dev pairs": ("rra15", "rta15", "maa30", "own_rra15", "own_rta15", "own_maa30"),
+    "poses of the dev pairs": (
+        *("rra15", "rta15", "maa30", "own_rra15", "own_rta15", "own_maa30"),
+        *("both_ways_rra15", "both_ways_rta15", "both_ways_maa30"),
+    ),
     "focal and depth error; separation": ("focal_error", "depth_error", "separation", "separation_weaker_image"),
     "pairs a second": ("pairs_per_second",),
     "norm of the gradient": ("gradient",),

@@ -82,7 +82,8 @@ def turn_about_y(deg):
 def test_a_perfect_network_scores_100(scenes, dev_pairs):
     report = evaluate_pairs(Oracle(scenes), dev_pairs, "cpu")
     for scores in (*report.scenes, report.total):
-        for poses in (scores.reference_focal, scores.both_known, scores.own_focal):
+        one_way = (scores.reference_focal, scores.both_known, scores.own_focal)
+        for poses in (*one_way, scores.both_ways, scores.own_focal_both_ways):
             assert (poses.rra15, poses.rta15) == (1, 1)
             assert poses.maa30 > 0.97
         assert scores.focal_error < 0.01
@@ -151,6 +152,50 @@ def test_a_network_that_takes_the_lens_for_another_finds_poses_where_both_camera
     assert report.figures()["both_maa30"] == report.total.both_known.maa30
 
 
+def forward(pair):
+    return pair.name0 < pair.name1
+
+
+def test_a_turn_in_one_direction_counts_half_both_ways(scenes, dev_pairs):
+    def forward_pairs_turned(p, pair):
+        turn = turn_about_y(20.0 if forward(pair) else 0.0)
+        return dataclasses.replace(p, pointmap1_in_cam0=p.pointmap1_in_cam0 @ turn.mT)
+
+    report = evaluate_pairs(Oracle(scenes, forward_pairs_turned), dev_pairs, "cpu")
+    assert report.total.both_known.rra15 == report.total.own_focal.rra15 == 0.5
+    for poses in (report.total.both_ways, report.total.own_focal_both_ways):
+        assert poses.median_rotation_deg == pytest.approx(10, abs=0.3)
+        assert poses.rra15 == poses.rta15 == 1
+    figures = report.figures()
+    assert figures["both_ways_maa30"] == report.total.both_ways.maa30
+    assert figures["own_both_ways_maa30"] == report.total.own_focal_both_ways.maa30
+
+
+def test_a_direction_without_a_pose_leaves_the_other(scenes, dev_pairs):
+    def forward_pairs_fail(p, pair):
+        factor = torch.nan if forward(pair) else 1.0
+        return dataclasses.replace(p, pointmap1_in_cam0=p.pointmap1_in_cam0 * factor)
+
+    scores = evaluate_pairs(Oracle(scenes, forward_pairs_fail), dev_pairs, "cpu").total
+    assert scores.both_known.rra15 == scores.own_focal.rra15 == 0.5
+    assert min(scores.both_ways.maa30, scores.own_focal_both_ways.maa30) > 0.97
+
+
+def test_both_ways_listens_to_pixels_of_all_confidences(scenes, dev_pairs):
+    def sure_part_turned(p, pair):
+        confidence1 = torch.ones(SIZE)
+        confidence1[:, :20] = 10.0  # five sixteenths of the image: most of its more confident half
+        turned = p.pointmap1_in_cam0 @ turn_about_y(20.0 if forward(pair) else -20.0).mT
+        sure = (confidence1 > 1)[..., None]
+        return dataclasses.replace(
+            p, pointmap1_in_cam0=torch.where(sure, turned, p.pointmap1_in_cam0), confidence1=confidence1
+        )
+
+    scores = evaluate_pairs(Oracle(scenes, sure_part_turned), dev_pairs, "cpu").total
+    assert scores.both_known.median_rotation_deg == pytest.approx(20, abs=0.5)
+    assert scores.both_ways.median_rotation_deg < 1
+
+
 def test_depth_is_compared_after_one_scale_for_each_image(scenes, dev_pairs):
     def left_part_too_far(p, pair):
         depth_factor = torch.ones(SIZE)
@@ -179,6 +224,22 @@ def test_confidence_that_tells_good_from_bad_pairs_shows(scenes, dev_pairs):
     assert calibration.other_half_deg == pytest.approx(25, abs=0.5)
 
 
+def test_confidence_of_both_directions_tells_good_from_bad_pairs(scenes, dev_pairs):
+    def views_apart_are_bad_and_one_direction_says_so(p, pair):
+        are_apart = sorted(pair) in (["photos/000.jpg", "photos/002.jpg"], ["photos/001.jpg", "photos/003.jpg"])
+        bad = p.pointmap1_in_cam0 @ turn_about_y(25.0 if forward(pair) else -25.0).mT
+        confidence = torch.full(SIZE, 2.0 if are_apart and not forward(pair) else 10.0)
+        pointmap1 = bad if are_apart else p.pointmap1_in_cam0
+        return PairPrediction(p.pointmap0_in_cam0, confidence, pointmap1, confidence)
+
+    network = Oracle(scenes, views_apart_are_bad_and_one_direction_says_so)
+    calibration = evaluate_pairs(network, dev_pairs, "cpu").calibration
+    assert calibration.confident_half_both_ways_deg < 3
+    assert calibration.other_half_both_ways_deg == pytest.approx(25, abs=1)
+    # one direction alone does not know of all bad pairs
+    assert calibration.other_half_deg < 3
+
+
 def test_pixels_of_unknown_direction_are_left_out(scenes, dev_pairs):
     views = [dataclasses.replace(view, keypoints=view.keypoints.clone()) for view in dev_pairs.views]
     for view in views:
@@ -194,6 +255,7 @@ def test_predictions_that_are_not_finite_fail_and_the_figures_stay_json(scenes, 
 
     report = evaluate_pairs(Oracle(scenes, nothing), dev_pairs, "cpu")
     assert report.total.reference_focal.rra15 == report.total.own_focal.rta15 == 0
+    assert report.total.both_ways.rra15 == report.total.own_focal_both_ways.rta15 == 0
     figures = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert figures["total"]["reference_focal"]["median_rotation_deg"] is None
     assert figures["total"]["focal_error"] is None

@@ -195,7 +195,7 @@ def test_a_run_on_own_scenes_is_measured_on_dev_pairs(tmp_path, caplog):
     measured = [row for row in history if "rra15" in row]
     assert [row["pairs"] for row in measured] == [0, history[-1]["pairs"]]
     assert all(0 <= row["maa30"] <= row["rra15"] + 0.5 for row in measured)
-    assert {"own_rta15", "focal_error", "depth_error"} <= measured[0].keys()
+    assert {"own_rta15", "both_ways_rta15", "own_both_ways_rta15", "focal_error", "depth_error"} <= measured[0].keys()
     plot_training.main(tmp_path / "run")
     with Image.open(tmp_path / "run" / "history.png") as picture:
         assert picture.size[0] > 1000
