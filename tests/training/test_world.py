@@ -6,13 +6,18 @@ import pytest
 import torch
 
 from dust3r_sfm.training import render as r
-from dust3r_sfm.training.viewpoints import cameras_from, look_at, sample_cameras
+from dust3r_sfm.training.viewpoints import _facing, cameras_from, look_at, sample_cameras
 from dust3r_sfm.training.world import (
     CHAOS,
     COURT,
+    GRAND,
     GROUPS,
     INSIDE,
     OUTSIDE,
+    PANELS,
+    PORTALS,
+    STREETS,
+    STUDIOS,
     TABLE,
     Dice,
     rotation_from_rotvec,
@@ -90,6 +95,66 @@ def test_worlds_of_one_make_have_few_textures_and_hardly_two_colours(world):
 def test_as_many_worlds_are_courts_as_asked_for(courts):
     kind = sample_world(Dice("cpu", 3), 400, TEXTURES, courts=courts).kind
     assert (kind == COURT).float().mean() == pytest.approx(courts, abs=0.08)
+
+
+@pytest.fixture(scope="module")
+def courts():
+    return sample_world(Dice("cpu", 5), 300, TEXTURES, courts=1.0)
+
+
+def test_some_courts_are_streets_with_things_all_along(courts):
+    aspect = courts.room[:, 0] / courts.room[:, 1]
+    streets = aspect > 4.7  # more than two random sides give
+    assert 0.3 * STREETS < streets.float().mean() < STREETS
+    reach = courts.subjects[streets, :GROUPS, 0].abs().amax(1) / courts.room[streets, 1]
+    assert reach.median() > 2
+
+
+def test_in_half_of_the_courts_each_facade_has_one_large_portal(courts):
+    facades = courts.primitives[:, 2:6]
+    relief = facades[..., r.RELIEF_PARAMETERS]
+    single = (relief[..., 0] == PORTALS) & (relief[..., 2] == 1) & (relief[..., 3] == 1)
+    assert single.all(1).float().mean() == pytest.approx(GRAND, abs=0.1)
+
+
+def test_some_tables_stand_before_one_plain_brightness():
+    world = sample_world(Dice("cpu", 6), 1000, TEXTURES)
+    panels = world.primitives[:, 2 : 2 + PANELS, r.TYPE]
+    bare = (panels == r.NONE).all(1)
+    assert bare[world.kind == TABLE].float().mean() == pytest.approx(STUDIOS, abs=0.1)
+    assert not bare[world.kind != TABLE].any()
+    around = world.primitives[bare, :2]
+    assert (around[..., r.CONTRAST] <= 0.1).all()
+    assert (around[..., r.TINT].amin(-1) > 0.4).all()
+    assert torch.equal(around[:, 0, r.TINT], around[:, 1, r.TINT])
+
+
+def test_most_cameras_in_streets_look_along_them():
+    def depth(primitives, lights, cameras, height, width):  # every view is as good as the other
+        return torch.ones((*cameras.shape[:2], height, width))
+
+    world = sample_world(Dice("cpu", 7), 600, TEXTURES, courts=1.0)
+    ahead = sample_cameras(Dice("cpu", 8), world, depth, 24, 32)[:, 0, [2, 6]].abs()
+    angle = torch.atan2(ahead[:, 1], ahead[:, 0]).rad2deg()  # to the long side, from 0 to 90 degrees
+    is_street = world.room[:, 0] > 4.7 * world.room[:, 1]
+    assert (angle[is_street] < 20).float().mean() > 0.8
+
+
+def test_most_cameras_that_look_at_a_wall_stand_before_it(courts):
+    at_wall = torch.ones((len(courts.kind), 4), dtype=torch.bool)
+    nothing = torch.zeros((*at_wall.shape, 3)), torch.zeros(at_wall.shape), torch.zeros(at_wall.shape)
+    subject, azimuth, distance = _facing(Dice("cpu", 9), courts, at_wall, nothing)
+    facing = distance > 0
+    assert facing.float().mean() == pytest.approx(0.7, abs=0.05)
+    sides = courts.room[:, None, :2]
+    on_wall = ((subject[..., :2].abs() - sides).abs() < 1e-4 * sides).any(-1)
+    assert on_wall[facing].all()
+    place = subject[..., :2] + torch.stack([azimuth.cos(), azimuth.sin()], -1) * distance[..., None]
+    inwards = -subject[..., :2] / sides
+    is_x = inwards[..., 0].abs() > inwards[..., 1].abs()
+    normal = torch.stack([inwards[..., 0].sign() * is_x, inwards[..., 1].sign() * ~is_x], -1)
+    before = ((place - subject[..., :2]) * normal).sum(-1) / distance
+    assert (before[facing] > 0.8).float().mean() > 0.7
 
 
 def test_suns_are_directions_and_lamps_hang_in_the_room(world):
