@@ -129,7 +129,7 @@ def test_a_stage_s_settings_are_the_defaults(tmp_path):
 def test_the_stages_that_come_with_the_package_are_whole(name):
     assert name in stage_names()
     config = with_stage(TrainConfig(), name)
-    assert config.loop.constant_share == 0.5
+    assert (config.loop.constant_share, config.loop.pose) == (0.0, 0.4)
     assert config.model.image_size == config.loop.width
     assert config.reshape == (name != "small_256")
 
