@@ -20,11 +20,16 @@ logger = logging.getLogger(__name__)
 PANELS = {
     "mean normalised error": ("error0", "error1"),
     "log confidence; matching loss": ("log_confidence", "log_confidence_apart", "matching"),
-    "poses of the dev pairs": (
-        *("rra15", "rta15", "maa30", "own_rra15", "own_rta15", "own_maa30"),
+    "dev pairs, both K known": (
+        *("both_rra15", "both_rta15", "both_maa30"),
         *("both_ways_rra15", "both_ways_rta15", "both_ways_maa30"),
     ),
-    "focal and depth error; separation": ("focal_error", "depth_error", "separation", "separation_weaker_image"),
+    "dev pairs, own focal": (
+        *("own_rra15", "own_rta15", "own_maa30"),
+        *("own_both_ways_rra15", "own_both_ways_rta15", "own_both_ways_maa30"),
+    ),
+    "focal and depth error": ("focal_error", "depth_error"),
+    "true pairs against photos of two scenes": ("separation", "separation_weaker_image"),
     "pairs a second": ("pairs_per_second",),
     "norm of the gradient": ("gradient",),
 }
@@ -47,8 +52,8 @@ def main(history: Path, output: Path | None = None) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError('curves are drawn by matplotlib: pip install "dust3r_sfm[train]"') from None
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
+    figure = Figure(figsize=(17, 7), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(2, 4).flat, PANELS.items(), strict=True):
         _draw(axes, title, {name: points for name in names if (points := _points(rows, name))})
     with writing(output), replacing(output) as temporary:
         figure.savefig(temporary, format=output.suffix[1:], dpi=110)

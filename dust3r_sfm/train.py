@@ -261,7 +261,11 @@ def _resume(trainer: Trainer, output: Path) -> None:
 
 
 class _Saver:
-    """Writes weights, by way of `plain`, a model on the CPU that is not compiled, state and history, in a thread."""
+    """Writes weights, by way of `plain`, a model on the CPU that is not compiled, state and history, in a thread.
+
+    A checkpoint is left out while the last one is still being written, as on a slow disk: the run does not wait for it,
+    but at its end.
+    """
 
     def __init__(self, plain: Dust3r, output: Path) -> None:
         self.plain, self.output, self.thread = plain, output, ThreadPoolExecutor(1)
@@ -277,6 +281,8 @@ class _Saver:
 
     def __call__(self, trainer: Trainer) -> None:
         if self.last is not None:
+            if not (trainer.is_over or self.last.done()):
+                return
             self.last.result()
         weights = {k: v.cpu() for k, v in trainer.weights().items()}
         state = {k: v.to("cpu", copy=True) for k, v in trainer.state().items()}

@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from depth_folders import write_rgbd
 from PIL import Image
 from procedural import make_scene
+from safetensors import safe_open
 from xfeat import write_xfeat
 
 from dust3r_sfm import plot_training
@@ -199,6 +201,29 @@ def test_a_run_on_own_scenes_is_measured_on_dev_pairs(tmp_path, caplog):
     plot_training.main(tmp_path / "run")
     with Image.open(tmp_path / "run" / "history.png") as picture:
         assert picture.size[0] > 1000
+
+
+def test_a_run_waits_for_a_slow_disk_at_its_end_alone(tmp_path, monkeypatch):
+    over, in_time, written = threading.Event(), [], []
+    write, ask = train_stage._Saver._write, train_stage._Saver.__call__
+
+    def slow_write(self, weights, state, history, pairs_seen):
+        in_time.append(over.wait(60))
+        written.append(pairs_seen)
+        write(self, weights, state, history, pairs_seen)
+
+    def asked(self, trainer):
+        if trainer.is_over:
+            over.set()
+        ask(self, trainer)
+
+    monkeypatch.setattr(train_stage._Saver, "_write", slow_write)
+    monkeypatch.setattr(train_stage._Saver, "__call__", asked)
+    assert train(tmp_path / "run", 4, *TINY, *options(save_minutes=0)) == 0
+    assert all(in_time)
+    assert written == [1, 4]
+    with safe_open(tmp_path / "run" / "weights.safetensors", "pt") as weights:
+        assert weights.metadata()["pairs_seen"] == "4"
 
 
 def test_own_scenes_without_overlap_are_refused(tmp_path, capsys):

@@ -46,7 +46,7 @@ class Trainer:
             torch.distributed.broadcast(self.optimizer.parameters, 0)
         self.optimizer.average.copy_(self.optimizer.parameters)
         self.engine = Engine(together, self.optimizer, source, config, objective)
-        self.pairs_seen, self.minutes_before = 0, 0.0
+        self.pairs_seen, self.minutes_before, self.is_over = 0, 0.0, False
         self.history: list[dict[str, float]] = []
         self.started = time.monotonic() if started is None else started
         self._restart_dice(0)
@@ -94,8 +94,8 @@ class Trainer:
     ) -> None:
         """Runs until the time or the steps are over.
 
-        On the first process `save` is called at every checkpoint, `measure` at the start, now and then and at the end,
-        after the last checkpoint; the others wait for it with their next gradient.
+        On the first process `save` is called at every checkpoint, in the end with `is_over`, and `measure` at the start,
+        now and then and after the last checkpoint; the others wait for it with their next gradient.
         """
         c, steps, progress = self.config, self.steps(), _Progress(self, log)
         self.chooser = torch.Generator().manual_seed(c.seed + self.optimizer.step_count)  # the same on every process
@@ -125,6 +125,7 @@ class Trainer:
                 self._measure(measure, log)
             if is_first and save_timer.rings():
                 save(self)
+        self.is_over = True
         if is_first:
             save(self)
             if measure is not None:
