@@ -94,7 +94,7 @@ class Trainer:
     ) -> None:
         """Runs until the time or the steps are over.
 
-        On the first process `save` is called at every checkpoint, in the end with `is_over`, and `measure` at the start,
+        On the first process `save` is called at every checkpoint, in the end with `is_over`; `measure` at the start,
         now and then and after the last checkpoint; the others wait for it with their next gradient.
         """
         c, steps, progress = self.config, self.steps(), _Progress(self, log)
