@@ -12,6 +12,8 @@ from dust3r_sfm.training.world import COURT, DISTANCE, EYE, Dice, World, constan
 
 CANDIDATES = 4
 WIDE = 0.8
+USUAL = math.radians(58)  # field of view along the longer side
+FRAMED = 0.6
 LOW = 12  # side of the small depth maps on which candidates are judged
 
 
@@ -30,8 +32,11 @@ def look_at(
     return torch.cat([rotation @ rotation_from_rotvec(turn), center[..., None]], -1)
 
 
-def _stations(dice: Dice, world: World, n: int) -> tuple[Tensor, Tensor]:
-    """Places of n cameras a scene and what they look at (b, n, 3)."""
+def _stations(dice: Dice, world: World, fov: Float[Tensor, " b"], n: int) -> tuple[Tensor, Tensor]:
+    """Places of n cameras a scene and what they look at (b, n, 3).
+
+    Most frame their subject as a photographer does: the narrower the field of view, the farther they stand.
+    """
     b = len(world.kind)
     num, court = world.subjects.shape[1], (world.kind == COURT)[:, None]
     pick = dice.integer(num, b, n)
@@ -42,6 +47,8 @@ def _stations(dice: Dice, world: World, n: int) -> tuple[Tensor, Tensor]:
     azimuth = dice.uniform(b, n, high=2 * math.pi)
     distance = dice.ranged(DISTANCE, world.kind, b, n) * world.radius[:, None]
     subject, azimuth, distance = _facing(dice, world, at_wall, (subject, azimuth, distance))
+    framing = (math.tan(0.5 * USUAL) / torch.tan(0.5 * fov)).clamp(0.5, 4.0)[:, None]
+    distance = torch.where(dice.chance(FRAMED, b, n), distance * framing, distance)
     height = dice.ranged(EYE, world.kind, b, n) + subject[..., 2] * dice.uniform(b, n) * ~court
     place = subject + torch.stack([azimuth.cos() * distance, azimuth.sin() * distance, torch.zeros_like(distance)], -1)
     place[..., 2] = height
@@ -120,7 +127,7 @@ def _second(dice: Dice, world: World, pose0: Tensor, subject0: Tensor, fov0: Ten
         to = _within(world, place + (rotation @ (delta * distance)[..., None])[..., 0])
         return torch.cat([rotation @ turn, to[..., None]], -1)
 
-    free_place, _ = _stations(dice, world, n)
+    free_place, _ = _stations(dice, world, fov0, n)
     free = look_at(free_place, subject + jitter, roll)
     options = torch.stack([around, moved(step, wobble), moved(side, wobble), moved(0 * side, swing), free], 2)
     weights = constant((0.55, 0.7, 0.86, 0.9), place.device)
@@ -133,7 +140,7 @@ def _second(dice: Dice, world: World, pose0: Tensor, subject0: Tensor, fov0: Ten
 def _fields_of_view(dice: Dice, b: int) -> Float[Tensor, " b"]:
     """In radians: most as of a phone or a camera's normal zoom, the others from 18 to 105 degrees."""
     anything = dice.uniform(b, low=math.log(math.radians(18)), high=math.log(math.radians(105))).exp()
-    usual = (math.log(math.radians(58)) + 0.22 * dice.normal(b)).exp().clamp(0.5, 1.8)
+    usual = (math.log(USUAL) + 0.22 * dice.normal(b)).exp().clamp(0.5, 1.8)
     return torch.where(dice.chance(0.6, b), usual, anything)
 
 
@@ -191,11 +198,11 @@ def sample_cameras(
     candidate that moved farthest, up to WIDE of the distance, among those with enough overlap.
     """
     b, n = len(world.kind), CANDIDATES
-    place, subject = _stations(dice, world, n)
-    jitter = 0.2 * (place - subject).norm(dim=-1, keepdim=True) * dice.normal(b, n, 3)
+    fov0 = _fields_of_view(dice, b)
+    place, subject = _stations(dice, world, fov0, n)
+    jitter = 0.2 * (place - subject).norm(dim=-1, keepdim=True) * fov0[:, None, None] * dice.normal(b, n, 3)
     roll = torch.where(dice.chance(0.1, b, n), 0.8, 0.07) * dice.normal(b, n)
     pose0 = look_at(place, subject + 0.5 * jitter, roll)
-    fov0 = _fields_of_view(dice, b)
     lh, lw = (LOW, LOW * width // height) if height <= width else (LOW * height // width, LOW)
     small = cameras_from(pose0, fov0[:, None].expand(b, n), lh, lw)
     depth = render_depth(world.primitives, world.lights, small, lh, lw)

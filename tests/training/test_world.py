@@ -140,6 +140,21 @@ def test_most_cameras_in_streets_look_along_them():
     assert (angle[is_street] < 20).float().mean() > 0.8
 
 
+def test_the_narrower_the_field_of_view_the_farther_most_cameras_stand():
+    """As photographers frame what they show; walls and ceilings end it."""
+
+    def depth(primitives, lights, cameras, height, width):  # every view is as good as the other
+        return torch.ones((*cameras.shape[:2], height, width))
+
+    world = sample_world(Dice("cpu", 11), 2000, TEXTURES)
+    first = sample_cameras(Dice("cpu", 12), world, depth, 24, 32)[:, 0]
+    nearest = (world.subjects - first[:, None, [3, 7, 11]]).norm(dim=-1).amin(1) / world.radius
+    fov = 2 * torch.atan(16 / first[:, 12]).rad2deg()
+    table = world.kind == TABLE
+    narrow, wide = (nearest[table & which].median() for which in (fov < 35, fov > 75))
+    assert narrow > 1.25 * wide
+
+
 def test_most_cameras_that_look_at_a_wall_stand_before_it(courts):
     at_wall = torch.ones((len(courts.kind), 4), dtype=torch.bool)
     nothing = torch.zeros((*at_wall.shape, 3)), torch.zeros(at_wall.shape), torch.zeros(at_wall.shape)
