@@ -68,7 +68,7 @@ def test_both_directions_of_a_pair_are_trained(textures):
     # the first view of either direction is in its own camera: the depth rises along each pixel's fixed ray
     for direction in range(6):
         points, valid = batch.truth[direction, 0], batch.valid[direction, 0]
-        slope = points[..., 0] / points[..., 2]  # NaN where nothing is
+        slope = torch.where(valid, points[..., 0] / points[..., 2], torch.nan)  # of the sky there is none
         column = slope.nanmedian(0).values.expand_as(slope)
         assert torch.allclose(slope[valid], column[valid], atol=1e-4)
     # from the second camera, which stands at its centre, the second view's points lie along its own rays
