@@ -8,6 +8,7 @@ the same command continues an interrupted run, `--init` starts a new one from gi
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -307,7 +308,8 @@ class _Judge:
                 f"measuring on --dev_scenes needs {error.name}: install it, or leave the option"
             ) from error
         c = plain.config
-        self.stage, self.device, self.model = evaluate_pairs, device, Dust3r(c).to(device)
+        self.stage, self.device = evaluate_pairs, device
+        self.model = copy.deepcopy(plain).to(device)  # with what is frozen in it, which the trainer's weights lack
         self.dev_pairs = loading.submit(evaluate_pairs.load_dev_pairs, dev_scenes, c.image_size, c.square_ok)
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:

@@ -15,7 +15,7 @@ from procedural import make_scene
 from safetensors import safe_open
 from xfeat import write_xfeat
 
-from dust3r_sfm import plot_training
+from dust3r_sfm import evaluate_pairs, plot_training
 from dust3r_sfm import train as train_stage
 from dust3r_sfm.__main__ import main
 from dust3r_sfm.errors import InputError
@@ -201,6 +201,28 @@ def test_a_run_on_own_scenes_is_measured_on_dev_pairs(tmp_path, caplog):
     plot_training.main(tmp_path / "run")
     with Image.open(tmp_path / "run" / "history.png") as picture:
         assert picture.size[0] > 1000
+
+
+def test_what_is_measured_is_the_network_that_is_saved(tmp_path, monkeypatch):
+    """With what is frozen in it, too."""
+    scene = tmp_path / "scenes" / "room"
+    write_rgbd(make_scene(2, (48, 64), seed=4), scene)
+    pairs = {"room": [["photos/000.jpg", "photos/001.jpg"]]}
+    (scene.parent / "pairs_within_60deg.json").write_text(json.dumps(pairs))
+    write_xfeat(tmp_path / "xfeat.pt")
+    measured, evaluate = [], evaluate_pairs.evaluate_pairs
+
+    def spied(model, *args, **kwargs):
+        measured.append({name: x.clone() for name, x in model.state_dict().items()})
+        return evaluate(model, *args, **kwargs)
+
+    monkeypatch.setattr(evaluate_pairs, "evaluate_pairs", spied)
+    more = ["--xfeat", str(tmp_path / "xfeat.pt"), "--dev_scenes", str(scene.parent)]
+    assert train(tmp_path / "run", 2, *TINY, *more) == 0
+    saved = Dust3r.from_pretrained(tmp_path / "run" / "weights.safetensors").state_dict()
+    assert saved.keys() == measured[-1].keys()
+    for name, value in measured[-1].items():
+        assert torch.allclose(value.float(), saved[name].float(), rtol=1e-3, atol=1e-4), name
 
 
 def test_a_run_waits_for_a_slow_disk_at_its_end_alone(tmp_path, monkeypatch):
