@@ -95,8 +95,8 @@ def iterate_components(
     else:
         align_clusters = align_clusters or partial(_align_here, predictions, config)
         scenes = align_in_clusters(views, predictions, config.max_cluster, align_clusters)
+    told = with_known_focals(views, predictions)  # as the scenes are aligned by
     for scene in scenes:
-        told = with_known_focals(views, predictions)  # as the scene was aligned by
         yield drawn_to_positions(scene, told, positions) if positions else scene
 
 
