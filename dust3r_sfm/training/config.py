@@ -10,9 +10,9 @@ from dataclasses import dataclass
 class LoopConfig:
     """What a run does.
 
-    The learning rate warms up linearly, stays, and falls along a half cosine until the time is over. Repeated runs of
-    limited time, each from the last weights, stay for long (`constant_share`): the fall at the end makes the weights
-    worth shipping, and costs the next run a short warm-up.
+    The learning rate warms up linearly, stays for `constant_share` of the time, none where not given, and falls along a
+    half cosine until the time is over. Repeated runs of limited time, each from the last weights, gained only while it
+    fell (NOTES.md).
     """
 
     minutes: float = 20.0

@@ -13,7 +13,7 @@ from dust3r_sfm.training.world import COURT, DISTANCE, EYE, Dice, World, constan
 CANDIDATES = 4
 WIDE = 0.8
 USUAL = math.radians(58)  # field of view along the longer side
-FRAMED = 0.6
+FRAMED = 0.6  # share of the cameras that stand as far from their subject as their field of view asks for
 LOW = 12  # side of the small depth maps on which candidates are judged
 
 

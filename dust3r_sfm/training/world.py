@@ -356,14 +356,13 @@ def _make_alike(dice: Dice, rows: Tensor, wanted: Bool[Tensor, "b 1"]) -> None:
 
 def _make_studios(dice: Dice, rows: Tensor, wanted: Bool[Tensor, "b 1"]) -> None:
     """Plain light floors and walls with nothing on them, in place."""
-    b, device = len(rows), dice.device
+    b = len(rows)
     around = rows[:, :2]
     white = (dice.uniform(b, 1, 1, low=0.5, high=1.0) * (1 + 0.04 * dice.normal(b, 1, 3))).clamp(max=1.0)
     around[..., r.TINT] = torch.where(wanted[..., None], white, around[..., r.TINT])
     around[..., r.CONTRAST] = torch.where(wanted, 0.1 * dice.uniform(b, 1) ** 2, around[..., r.CONTRAST])
     panels = rows[:, 2 : 2 + PANELS]
-    none = constant((float(r.NONE),), device)
-    panels[..., r.TYPE] = torch.where(wanted, none, panels[..., r.TYPE])
+    panels[..., r.TYPE] = panels[..., r.TYPE].masked_fill(wanted, r.NONE)
 
 
 def _lights(dice: Dice, kind: Tensor, room: Tensor, textures: int) -> Tensor:

@@ -39,6 +39,11 @@ def rows(world):
     return flat[flat[:, r.TYPE] != r.NONE]
 
 
+def flat_depth(primitives, lights, cameras, height, width):
+    """Every view is as good as the other."""
+    return torch.ones((*cameras.shape[:2], height, width))
+
+
 def test_worlds_are_of_all_kinds_and_have_something_in_them(world):
     assert set(world.kind.tolist()) == {INSIDE, OUTSIDE, TABLE, CHAOS, COURT}
     there = world.primitives[..., r.TYPE] != r.NONE
@@ -130,11 +135,8 @@ def test_some_tables_stand_before_one_plain_brightness():
 
 
 def test_most_cameras_in_streets_look_along_them():
-    def depth(primitives, lights, cameras, height, width):  # every view is as good as the other
-        return torch.ones((*cameras.shape[:2], height, width))
-
     world = sample_world(Dice("cpu", 7), 600, TEXTURES, courts=1.0)
-    ahead = sample_cameras(Dice("cpu", 8), world, depth, 24, 32)[:, 0, [2, 6]].abs()
+    ahead = sample_cameras(Dice("cpu", 8), world, flat_depth, 24, 32)[:, 0, [2, 6]].abs()
     angle = torch.atan2(ahead[:, 1], ahead[:, 0]).rad2deg()  # to the long side, from 0 to 90 degrees
     is_street = world.room[:, 0] > 4.7 * world.room[:, 1]
     assert (angle[is_street] < 20).float().mean() > 0.8
@@ -142,12 +144,8 @@ def test_most_cameras_in_streets_look_along_them():
 
 def test_the_narrower_the_field_of_view_the_farther_most_cameras_stand():
     """As photographers frame what they show; walls and ceilings end it."""
-
-    def depth(primitives, lights, cameras, height, width):  # every view is as good as the other
-        return torch.ones((*cameras.shape[:2], height, width))
-
     world = sample_world(Dice("cpu", 11), 2000, TEXTURES)
-    first = sample_cameras(Dice("cpu", 12), world, depth, 24, 32)[:, 0]
+    first = sample_cameras(Dice("cpu", 12), world, flat_depth, 24, 32)[:, 0]
     nearest = (world.subjects - first[:, None, [3, 7, 11]]).norm(dim=-1).amin(1) / world.radius
     fov = 2 * torch.atan(16 / first[:, 12]).rad2deg()
     table = world.kind == TABLE
@@ -190,10 +188,7 @@ def test_subjects_stand_in_their_disc(world):
 
 
 def test_cameras_stand_in_the_room_above_the_ground(world):
-    def depth(primitives, lights, cameras, height, width):  # every view is as good as the other
-        return torch.ones((*cameras.shape[:2], height, width))
-
-    rows = sample_cameras(Dice("cpu", 3), world, depth, 24, 32)
+    rows = sample_cameras(Dice("cpu", 3), world, flat_depth, 24, 32)
     place = rows[..., [3, 7, 11]]
     assert rows.shape == (64, 2, r.CAMERA_SIZE)
     assert (place[..., :2].abs() <= 0.9 * world.room[:, None, :2] + 1e-4).all()
